@@ -1,0 +1,3 @@
+//! The kernel interfaces that no safe crate offers. The only place of this crate where `unsafe` stands.
+pub(crate) mod handle;
+pub(crate) mod mount;
