@@ -1,1 +1,2 @@
+//! `containerd-shim-stillframe-v1`: the containerd shim.
 fn main() {}
