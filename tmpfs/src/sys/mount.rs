@@ -32,6 +32,11 @@ impl MountAttr {
         }
     }
 
+    /// The same, and takes `flags` away.
+    pub(crate) fn without(self, flags: MountAttrFlags) -> Self {
+        Self { clear: self.clear | u64::from(flags.bits()), ..self }
+    }
+
     /// Applies it to the mount that `mount` is the root of, not to what is mounted below.
     pub(crate) fn apply(&self, mount: BorrowedFd<'_>) -> io::Result<()> {
         // SAFETY: the path is an empty C string, `self` is a `struct mount_attr` of the size given,
