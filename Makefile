@@ -1,0 +1,54 @@
+# make demo     shows the main job end to end, on a private containerd
+# make test     does all set-up, builds, runs all tests
+# make check    formatting and lints
+# make install  release builds of the shim and the command to $(DESTDIR)$(PREFIX)/bin
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := test
+.PHONY: demo test check install setup build probe release
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+DESTDIR ?=
+CARGO_TARGET_DIR ?= $(CURDIR)/target
+export CARGO_TARGET_DIR
+
+HOST = $$(rustc -vV | sed -n 's/^host: //p')
+BUILT = --package stillframe-integration --package stillframe-runtime --package stillframe-shim
+PROGRAMS = containerd-shim-stillframe-v1 stillframe
+
+setup:
+	@scripts/setup
+
+# Linked statically, since it runs in an image without libraries; for a named target, since the flag that does
+# it must not reach build scripts and macros.
+probe:
+	$(CARGO) rustc --release --package stillframe-probe --bin stillframe-probe --target "$(HOST)" \
+		-- -C target-feature=+crt-static -C strip=symbols
+
+build: probe
+	$(CARGO) build --bins $(BUILT)
+
+release: probe
+	$(CARGO) build --bins $(BUILT) --release
+
+# The output of all tests is shown, so that no SKIPPED line is lost; the last lines count them.
+test: setup build
+	@log="$$CARGO_TARGET_DIR/test.log"; status=0; \
+	$(CARGO) test --workspace --no-fail-fast -- --show-output 2>&1 | tee "$$log" || status=$$?; \
+	echo; awk '/^test result:/ {passed += $$4; failed += $$6} /^SKIPPED: / {print; skipped++} \
+		END {printf "make test: %d passed, %d failed, %d skipped\n", passed - skipped, failed, skipped}' "$$log"; \
+	exit $$status
+
+demo: setup release
+	@echo; exec "$$CARGO_TARGET_DIR/release/stillframe-demo"
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+install:
+	$(CARGO) build --release $(foreach program,$(PROGRAMS),--bin $(program))
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -m 0755 $(foreach program,$(PROGRAMS),"$$CARGO_TARGET_DIR/release/$(program)") "$(DESTDIR)$(PREFIX)/bin"

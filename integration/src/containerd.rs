@@ -1,0 +1,344 @@
+//! One private containerd: root, state, socket, configuration, namespace of its own.
+//!
+//! It is started by a [`watchdog`] that outlives this process and removes every trace. States: *starting*
+//! until the socket answers, *running*, and *gone* after [`Containerd::stop`] or drop. Starting fails with the end of
+//! containerd's log; a test that panics shows it, too.
+
+use std::fs;
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, Once};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::container::ContainerSpec;
+use crate::ctr::{Ctr, CtrError, run};
+use crate::image::{self, ImageError};
+use crate::residue::{Residue, descendants};
+use crate::watchdog::{self, Plan};
+use crate::{binaries, residue};
+
+/// How long containerd may take until its socket answers.
+const START: Duration = Duration::from_secs(60);
+
+/// How long what a container leaves may take to go after the command that removes it.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// Why there is no containerd.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A program isn't installed.
+    #[error("{0} isn't installed: scripts/setup installs it")]
+    Missing(&'static str),
+    /// The directory, the configuration or the watchdog.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or program.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// It ended, or its socket doesn't answer.
+    #[error("containerd isn't ready: {reason}; the end of its log:\n{log}")]
+    NotReady {
+        /// What was waited for.
+        reason: String,
+        /// Its last lines.
+        log: String,
+    },
+    /// The test image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// `ctr` can't talk to it.
+    #[error("containerd is started but doesn't work")]
+    Ctr(#[from] CtrError),
+}
+
+/// Which containerd to start.
+#[derive(Debug, Clone)]
+pub struct ContainerdVersion {
+    /// What to call it in messages.
+    pub name: String,
+    /// The daemon.
+    pub containerd: PathBuf,
+    /// Its client.
+    pub ctr: PathBuf,
+}
+
+impl ContainerdVersion {
+    /// The one that is installed.
+    pub fn installed() -> Result<Self, StartError> {
+        let containerd = binaries::find("containerd").ok_or(StartError::Missing("containerd"))?;
+        let ctr = binaries::find("ctr").ok_or(StartError::Missing("ctr"))?;
+        Ok(Self { name: "installed".to_owned(), containerd, ctr })
+    }
+
+    /// One that was unpacked into a directory, with its programs in `bin`.
+    pub fn in_directory(name: &str, dir: &Path) -> Self {
+        Self { name: name.to_owned(), containerd: dir.join("bin/containerd"), ctr: dir.join("bin/ctr") }
+    }
+}
+
+/// A running containerd.
+#[derive(Debug)]
+pub struct Containerd {
+    plan: Plan,
+    ctr: Ctr,
+    watchdog: u32,
+    stopped: bool,
+}
+
+impl Containerd {
+    /// Starts the installed containerd with the test image in it.
+    pub fn start() -> Result<Self, StartError> {
+        Self::start_version(&ContainerdVersion::installed()?)
+    }
+
+    /// Starts the given containerd with the test image in it.
+    pub fn start_version(version: &ContainerdVersion) -> Result<Self, StartError> {
+        static INSTANCES: AtomicU32 = AtomicU32::new(0);
+        clean_up_on_signals();
+        if binaries::find("runc").is_none() {
+            return Err(StartError::Missing("runc"));
+        }
+        let namespace = format!("sf-{}-{}", std::process::id(), INSTANCES.fetch_add(1, Ordering::Relaxed));
+        // Short: a socket's path ends after 107 bytes. Not in TMPDIR, which may be long, or on tmpfs.
+        let dir = tempfile::Builder::new().prefix("sf-").tempdir_in("/tmp").map_err(at("/tmp"))?.keep();
+        let plan = plan(version, &dir, &namespace)?;
+        let watchdog = start_watchdog(&plan)?;
+        let ctr = Ctr { program: version.ctr.clone(), address: dir.join("c.sock"), namespace };
+        let containerd = Self { plan, ctr, watchdog, stopped: false };
+        containerd.await_socket()?;
+        containerd.ctr.run(&["version"])?;
+        let image = dir.join("image.tar");
+        image::build(&image)?;
+        containerd.ctr.run(&["images", "import", &image.to_string_lossy()])?;
+        Ok(containerd)
+    }
+
+    /// Its client.
+    pub fn ctr(&self) -> &Ctr {
+        &self.ctr
+    }
+
+    /// Its namespace.
+    pub fn namespace(&self) -> &str {
+        &self.plan.namespace
+    }
+
+    /// Its directory; a test's own files may be put into it, and go with it.
+    pub fn dir(&self) -> &Path {
+        &self.plan.dir
+    }
+
+    /// A container's id that is unique on the machine.
+    pub fn id(&self, name: &str) -> String {
+        format!("{}-{name}", self.plan.namespace)
+    }
+
+    /// The start of a container of this name.
+    pub fn container(&self, name: &str) -> ContainerSpec<'_> {
+        ContainerSpec::new(self, name)
+    }
+
+    /// What there is of containers now: nothing, when all have been removed.
+    pub fn residue(&self) -> Residue {
+        Residue::of(&self.plan, self.watchdog)
+    }
+
+    /// As [`Self::residue`], after waiting for it to become empty: the last process of a container may end
+    /// a moment after the command that removed it, and there is no event for it that reaches us.
+    pub fn settled_residue(&self) -> Residue {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let residue = self.residue();
+            if residue.is_empty() || Instant::now() > deadline {
+                return residue;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The processes of shims (not of their containers), by the name of their program.
+    pub fn shims(&self) -> Vec<residue::Process> {
+        let mut all = descendants(self.watchdog);
+        all.retain(|process| {
+            process.exe.file_name().is_some_and(|name| name.to_string_lossy().starts_with("containerd-shim-"))
+        });
+        all
+    }
+
+    /// The end of containerd's log, where the shims' messages are, too.
+    pub fn log(&self) -> String {
+        tail(&self.plan.log, 60)
+    }
+
+    /// Runs `stillframe ARGUMENTS`.
+    pub fn stillframe(&self, arguments: &[&str]) -> Result<crate::ctr::Said, CtrError> {
+        run(crate::ctr::with_deadline(&binaries::program("stillframe")).args(arguments))
+    }
+
+    /// Ends it and removes everything. An error is what couldn't be removed, as one text.
+    pub fn stop(mut self) -> Result<(), String> {
+        self.stopped = true;
+        release(self.watchdog)
+    }
+
+    fn await_socket(&self) -> Result<(), StartError> {
+        let deadline = Instant::now() + START;
+        let not_ready = |reason: String| StartError::NotReady { reason, log: self.log() };
+        loop {
+            match UnixStream::connect(&self.ctr.address) {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > deadline => {
+                    return Err(not_ready(format!("no answer within {START:?}: {error}")));
+                }
+                Err(_) => {}
+            }
+            if !descendants(self.watchdog).iter().any(|process| process.exe == self.plan.containerd) {
+                return Err(not_ready("it has ended".to_owned()));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if self.stopped {
+            return;
+        }
+        if thread::panicking() {
+            eprintln!("the end of containerd's log ({}):\n{}", self.namespace(), self.log());
+        }
+        if let Err(left) = release(self.watchdog) {
+            eprintln!("{left}");
+            assert!(thread::panicking(), "{} has left something behind", self.namespace());
+        }
+    }
+}
+
+fn plan(version: &ContainerdVersion, dir: &Path, namespace: &str) -> Result<Plan, StartError> {
+    let text = |path: &str| dir.join(path).display().to_string();
+    // Version 2 is understood by 1.6 and all later ones. The plugins are those that would reach out of the
+    // directory or complain about kernel modules; what a version doesn't know it ignores.
+    let config = format!(
+        r#"version = 2
+root = "{root}"
+state = "{state}"
+disabled_plugins = [
+  "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
+  "io.containerd.internal.v1.opt", "io.containerd.internal.v1.tracing", "io.containerd.nri.v1.nri",
+  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
+  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs",
+]
+
+[debug]
+  level = "debug"
+
+[grpc]
+  address = "{grpc}"
+
+[ttrpc]
+  address = "{grpc}.ttrpc"
+"#,
+        root = text("root"),
+        state = text("state"),
+        grpc = text("c.sock"),
+    );
+    let file = dir.join("config.toml");
+    fs::write(&file, config).map_err(at(&file))?;
+    let tmp = dir.join("tmp");
+    fs::create_dir(&tmp).map_err(at(&tmp))?;
+    let system = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    let inherited = std::env::var("PATH").unwrap_or_default();
+    let path = format!("{}:{inherited}:{system}", binaries::directory().display());
+    let containerd = version.containerd.canonicalize().map_err(at(&version.containerd))?;
+    let (dir, namespace, log) = (dir.to_owned(), namespace.to_owned(), dir.join("containerd.log"));
+    Ok(Plan { dir, namespace, containerd, config: file, log, path })
+}
+
+fn at(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> StartError {
+    let path = path.into();
+    move |source| StartError::Io { path, source }
+}
+
+fn tail(path: &Path, lines: usize) -> String {
+    let text = fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Watchdogs that live, with the pipe whose end is their sign.
+static WATCHDOGS: Mutex<Vec<(Child, ChildStdin)>> = Mutex::new(Vec::new());
+
+/// Gives the watchdog's process id, when containerd is started.
+fn start_watchdog(plan: &Plan) -> Result<u32, StartError> {
+    let program = binaries::program("stillframe-watchdog");
+    let json = serde_json::to_string(plan).expect("paths here are UTF-8: we made them");
+    let mut child = Command::new(&program)
+        .arg(json)
+        .process_group(0)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(at(&program))?;
+    let stdin = child.stdin.take().expect("it was piped");
+    let stdout = child.stdout.take().expect("it was piped");
+    let id = child.id();
+    WATCHDOGS.lock().expect("nobody panics while holding it").push((child, stdin));
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line).map_err(at(&program))?;
+    if line.trim().parse::<u32>().is_err() {
+        let log = tail(&plan.log, 60);
+        return Err(StartError::NotReady { reason: "the watchdog couldn't start it".to_owned(), log });
+    }
+    Ok(id)
+}
+
+/// Lets one watchdog do its work, and waits for it.
+fn release(id: u32) -> Result<(), String> {
+    let mut all = WATCHDOGS.lock().expect("nobody panics while holding it");
+    let Some(index) = all.iter().position(|(child, _)| child.id() == id) else { return Ok(()) };
+    let watchdog = all.swap_remove(index);
+    drop(all);
+    wait_for(watchdog)
+}
+
+fn wait_for((mut child, stdin): (Child, ChildStdin)) -> Result<(), String> {
+    drop(stdin);
+    match child.wait() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("the watchdog's end: {}", watchdog::ended(status))),
+        Err(error) => Err(format!("the watchdog can't be waited for: {error}")),
+    }
+}
+
+/// An interrupted process ends only after everything is removed. Killed outright it can't wait, but the
+/// watchdogs do the same.
+fn clean_up_on_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM, SIGHUP])
+            .expect("these signals can be handled");
+        thread::spawn(move || {
+            let signal = signals.forever().next().expect("forever");
+            let all = std::mem::take(&mut *WATCHDOGS.lock().expect("nobody panics while holding it"));
+            eprintln!("interrupted: removing containers, mounts and files");
+            let failed = all
+                .into_iter()
+                .map(wait_for)
+                .filter_map(Result::err)
+                .inspect(|left| eprintln!("{left}"))
+                .count();
+            std::process::exit(if failed > 0 { 1 } else { 128 + signal });
+        });
+    });
+}
