@@ -71,7 +71,10 @@ impl<'a> ContainerSpec<'a> {
 
     /// The command `ctr run`, with more options.
     pub fn command(&self, more: &[&str]) -> Command {
-        let mut words: Vec<&str> = vec!["run", "--runtime", &self.runtime];
+        // In our directory, so that what a killed client leaves of it goes with the directory.
+        let fifos = self.containerd.dir().join("fifo");
+        let fifos = fifos.to_string_lossy();
+        let mut words: Vec<&str> = vec!["run", "--runtime", &self.runtime, "--fifo-dir", &fifos];
         words.extend(more);
         words.extend(self.options.iter().map(String::as_str));
         words.extend([image::NAME, &self.id]);
@@ -114,7 +117,9 @@ impl<'a> Container<'a> {
     pub fn exec_command(&self, more: &[&str], arguments: &[&str]) -> Command {
         self.execs.set(self.execs.get() + 1);
         let exec = format!("{}-exec-{}", self.id, self.execs.get());
-        let mut words = vec!["tasks", "exec", "--exec-id", &exec];
+        let fifos = self.containerd.dir().join("fifo");
+        let fifos = fifos.to_string_lossy();
+        let mut words = vec!["tasks", "exec", "--exec-id", &exec, "--fifo-dir", &fifos];
         words.extend(more);
         words.push(&self.id);
         words.extend(arguments);

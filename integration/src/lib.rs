@@ -28,3 +28,16 @@ pub const STILLFRAME: &str = "io.containerd.stillframe.v1";
 
 /// The runtime that it has to behave like.
 pub const RUNC: &str = "io.containerd.runc.v2";
+
+/// Makes two tests of each function that takes a runtime's name: one with runc's own shim, one with ours.
+#[macro_export]
+macro_rules! with_both_runtimes {
+    ($($name:ident),* $(,)?) => {
+        mod runc {
+            $(#[test] fn $name() { super::$name($crate::RUNC) })*
+        }
+        mod stillframe {
+            $(#[test] fn $name() { super::$name($crate::STILLFRAME) })*
+        }
+    };
+}
