@@ -3,4 +3,16 @@
 //! Knows filesystems (`stillframe-tmpfs`), the OCI spec and the image directory; knows no ttrpc and no
 //! containerd, and must never learn of them. Nothing here is async: callers that are give it a thread.
 
+pub mod checkpoint;
+pub mod cli;
+pub mod freezer;
+pub mod image;
+pub mod manifest;
+mod oci_runtime;
+pub mod plan;
+mod process;
+pub mod restore;
 pub mod sandbox;
+pub mod selector;
+pub mod spec;
+pub mod state;

@@ -43,6 +43,15 @@ impl IdMap {
     }
 }
 
+/// The mappings of both kinds of id of one user namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ids {
+    /// Of users.
+    pub uid: IdMap,
+    /// Of groups.
+    pub gid: IdMap,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,12 +3,21 @@
 //! Knows pages (`stillframe-pgalloc`) and the kernel's tmpfs; knows no container, no OCI spec and no
 //! containerd, and must never learn of them. Nothing here is async.
 
+pub mod build;
 pub mod copy_up;
+pub mod decode;
+pub mod encode;
+pub mod entry;
 pub mod id_map;
 pub mod mount;
 pub mod options;
+mod pax;
+mod record;
 pub mod resource;
+pub mod save;
 mod sys;
+mod walk;
+mod xattr;
 
-pub use id_map::{IdMap, IdMapping};
+pub use id_map::{IdMap, IdMapping, Ids};
 pub use resource::ResourceId;

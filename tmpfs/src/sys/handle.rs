@@ -1,1 +1,86 @@
-//! File handles: name_to_handle_at(2), open_by_handle_at(2).
+//! File handles: name_to_handle_at(2) and open_by_handle_at(2).
+//!
+//! A handle names an inode for as long as it lives, whatever happens to its name, and costs no
+//! descriptor: that is how trees deeper than the descriptor limit are walked and built.
+
+use std::ffi::c_int;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+
+/// Longest handle that is kept. tmpfs needs 12 bytes (inode number and generation).
+const MAX_BYTES: usize = 32;
+
+/// Names an inode of a filesystem; meaningful with any descriptor on the same superblock.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct FileHandle {
+    bytes: u32,
+    kind: c_int,
+    handle: [u8; MAX_BYTES],
+}
+
+impl FileHandle {
+    /// The handle of what `fd` has open.
+    pub(crate) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        let mut handle = Self { bytes: MAX_BYTES as u32, kind: 0, handle: [0; MAX_BYTES] };
+        let mut mount_id: c_int = 0;
+        // SAFETY: `FileHandle` begins with the two fields of `struct file_handle` and is followed by
+        // the MAX_BYTES bytes that `bytes` promises; the path is an empty C string, and both pointers
+        // live through the call.
+        let result = unsafe {
+            libc::name_to_handle_at(
+                fd.as_raw_fd(),
+                c"".as_ptr(),
+                (&raw mut handle).cast::<libc::file_handle>(),
+                &raw mut mount_id,
+                libc::AT_EMPTY_PATH,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(handle)
+    }
+
+    /// Opens the inode; `on` is any descriptor (not O_PATH) on the mount to open it through.
+    pub(crate) fn open(&self, on: BorrowedFd<'_>, flags: rustix::fs::OFlags) -> io::Result<File> {
+        let mut handle = *self;
+        let flags = (flags | rustix::fs::OFlags::CLOEXEC).bits() as c_int;
+        // SAFETY: as in `of`: a handle that the kernel filled, with its length in `bytes`.
+        let fd = unsafe {
+            libc::open_by_handle_at(on.as_raw_fd(), (&raw mut handle).cast::<libc::file_handle>(), flags)
+        };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call returned a new descriptor that nothing else owns.
+        Ok(unsafe { File::from_raw_fd(fd) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+
+    use rustix::fs::OFlags;
+
+    use super::*;
+
+    #[test]
+    fn a_handle_outlives_its_name() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("old");
+        std::fs::write(&path, b"here").unwrap();
+        let handle = FileHandle::of(File::open(&path).unwrap().as_fd()).unwrap();
+        std::fs::rename(&path, dir.path().join("new")).unwrap();
+        let on = File::open(dir.path()).unwrap();
+        let mut text = String::new();
+        handle.open(on.as_fd(), OFlags::RDONLY).unwrap().read_to_string(&mut text).unwrap();
+        assert_eq!(text, "here");
+        std::fs::remove_file(dir.path().join("new")).unwrap();
+        let gone = handle.open(on.as_fd(), OFlags::RDONLY).unwrap_err();
+        assert_eq!(gone.raw_os_error(), Some(libc::ESTALE));
+    }
+}

@@ -1,0 +1,213 @@
+//! The `stillframe` command's arguments, output and errors. An error is printed once, here, with its
+//! causes; the exit status is 1.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use stillframe_tmpfs::decode::decode_tree;
+use stillframe_tmpfs::entry::{Kind, Tree};
+
+use crate::checkpoint::CheckpointRequest;
+use crate::image::Image;
+use crate::sandbox::{CheckpointResult, Sandbox};
+use crate::selector::{ALL, Selector};
+
+/// Checkpoints of containers' memory-backed filesystems.
+#[derive(Debug, Parser)]
+#[command(name = "stillframe", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Save the tmpfs filesystems of a running container.
+    Fscheckpoint(Fscheckpoint),
+    /// Verify an image and show what is in it.
+    Inspect(Inspect),
+}
+
+#[derive(Debug, clap::Args)]
+struct Fscheckpoint {
+    /// Directory for the image: made if it is missing, else it must be empty.
+    #[arg(long, value_name = "DIR")]
+    image_path: PathBuf,
+    /// Save this filesystem only: PATH, CONTAINER:PATH or all-tmpfs. May be given several times.
+    #[arg(long = "path", value_name = "[CONTAINER:]PATH", default_value = ALL)]
+    paths: Vec<Selector>,
+    /// Let the container run on; otherwise it is killed once the image is complete.
+    #[arg(long)]
+    leave_running: bool,
+    /// containerd's namespace.
+    #[arg(long, short, env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+    /// The container's id.
+    container: String,
+}
+
+#[derive(Debug, clap::Args)]
+struct Inspect {
+    /// List every file.
+    #[arg(long, short)]
+    list: bool,
+    /// The image directory.
+    image: PathBuf,
+}
+
+/// Runs the command with the process's arguments.
+pub fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("STILLFRAME_LOG");
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let done = match Arguments::parse().command {
+        Command::Fscheckpoint(arguments) => fscheckpoint(&arguments),
+        Command::Inspect(arguments) => inspect(&arguments),
+    };
+    match done {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("stillframe: {}", chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error with its causes, colon-separated.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        // A cause that its effect already quotes isn't said twice.
+        if !text.ends_with(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// There is no such container.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "no container {id} runs under Stillframe in namespace {namespace}: \
+     see `ctr --namespace {namespace} containers ls`, and check its runtime"
+)]
+struct NoContainer {
+    id: String,
+    namespace: String,
+}
+
+fn fscheckpoint(arguments: &Fscheckpoint) -> Result<String, Box<dyn Error>> {
+    let (id, namespace) = (arguments.container.clone(), arguments.namespace.clone());
+    let sandbox = Sandbox::of_container(&namespace, &id)?;
+    let sandbox = sandbox.ok_or_else(|| NoContainer { id: id.clone(), namespace })?;
+    let request = CheckpointRequest {
+        container_id: id.clone(),
+        image_path: arguments.image_path.clone(),
+        paths: arguments.paths.clone(),
+        kill: !arguments.leave_running,
+    };
+    let result = sandbox.checkpoint(&request)?;
+    if arguments.json {
+        return Ok(serde_json::to_string(&result)? + "\n");
+    }
+    Ok(describe(&result))
+}
+
+fn describe(result: &CheckpointResult) -> String {
+    let ids: Vec<String> = result.filesystems.iter().map(ToString::to_string).collect();
+    let rate = result.pages_bytes as f64 / 1e6 / result.total_ms.max(0.001);
+    format!(
+        "image        {}\nfilesystems  {}\nfiles        {} ({} names)\npages        {} bytes, {} of zeros left out\n\
+         frozen       {:.1} ms\ntotal        {:.1} ms, {rate:.2} GB/s\n",
+        result.image_path.display(),
+        ids.join(" "),
+        result.files,
+        result.entries,
+        result.pages_bytes,
+        result.zero_bytes,
+        result.frozen_ms,
+        result.total_ms,
+    )
+}
+
+/// A tree of the image can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the filesystem {id} of the image {}", image.display())]
+struct BadTree {
+    id: stillframe_tmpfs::ResourceId,
+    image: PathBuf,
+    #[source]
+    source: stillframe_tmpfs::decode::TreeError,
+}
+
+fn inspect(arguments: &Inspect) -> Result<String, Box<dyn Error>> {
+    let path: &Path = &arguments.image;
+    let mut image = Image::open(path)?;
+    image.verify_pages(path)?;
+    let manifest = &image.manifest;
+    let mut text = String::new();
+    writeln!(text, "image        {} (written by stillframe {})", path.display(), manifest.stillframe)?;
+    writeln!(text, "pages        {} bytes, verified", manifest.pages_length)?;
+    for (index, filesystem) in manifest.filesystems.iter().enumerate() {
+        let id = &filesystem.resource_id;
+        let tree = decode_tree(image.archive(index), manifest.pages_length).map_err(|source| BadTree {
+            id: id.clone(),
+            image: path.to_owned(),
+            source,
+        })?;
+        writeln!(
+            text,
+            "filesystem   {id}\n  options    {}\n  files      {} ({} names), {} bytes, {} with data\n  \
+             tree.tar   bytes {} to {}",
+            filesystem.options,
+            filesystem.files,
+            filesystem.entries,
+            filesystem.logical_bytes,
+            filesystem.data_bytes,
+            filesystem.tree_start,
+            filesystem.tree_end,
+        )?;
+        if arguments.list {
+            list(&tree, &mut text)?;
+        }
+    }
+    Ok(text)
+}
+
+fn list(tree: &Tree, text: &mut String) -> std::fmt::Result {
+    for (index, entry) in tree.entries.iter().enumerate() {
+        let (letter, more) = match &entry.kind {
+            Kind::Directory => ('d', String::new()),
+            Kind::File { size, extents } => ('-', format!(" {size} bytes in {} extents", extents.len())),
+            Kind::Symlink { target } => ('l', format!(" -> {}", target.escape_ascii())),
+            Kind::Fifo => ('p', String::new()),
+            Kind::Socket => ('s', String::new()),
+            Kind::CharDevice { major, minor } => ('c', format!(" {major}:{minor}")),
+            Kind::BlockDevice { major, minor } => ('b', format!(" {major}:{minor}")),
+            Kind::HardLink { target } => ('h', format!(" link to {}", tree.path(*target))),
+        };
+        let attributes = &entry.attributes;
+        writeln!(
+            text,
+            "  {letter}{:04o} {}:{} {}{more}",
+            attributes.mode,
+            attributes.uid,
+            attributes.gid,
+            tree.path(index)
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,343 @@
+//! The image directory: four flat files, written in an order that makes a crash harmless.
+//!
+//! Writing: the directory is made if it is missing and must be empty; `tree.tar`, `pages.img` and
+//! `pages.meta` are written and fsynced; then `manifest.json` is written under another name, fsynced,
+//! renamed, and the directory fsynced. Until that rename the directory is no image; a writer that is
+//! dropped before removes what it made.
+//!
+//! Reading: an image is untrusted. Everything but the pages is read and verified before anything is
+//! returned; the pages are verified as they are loaded. Errors name the file and the offset.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use stillframe_pgalloc::{CHUNK_SIZE, MetaError, PagesMeta, digest_chunks};
+
+use crate::manifest::{Digest, Manifest, ManifestError, Part};
+
+/// Names of the four files.
+pub const MANIFEST: &str = "manifest.json";
+/// The trees.
+pub const TREE: &str = "tree.tar";
+/// Digests of the pages file, and metadata of private MemoryFiles.
+pub const META: &str = "pages.meta";
+/// The pages.
+pub const PAGES: &str = "pages.img";
+/// The manifest's name before it is committed.
+const MANIFEST_NEW: &str = "manifest.json.new";
+/// Largest manifest that is read: 256 MiB, some hundred thousand filesystems or a tree.tar of 800 GiB.
+const MANIFEST_MAX: u64 = 256 << 20;
+
+/// Why an image couldn't be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The directory to write to has something in it.
+    #[error("the image directory {path} is not empty (it holds \"{found}\"): give an empty or a new one")]
+    NotEmpty {
+        /// The directory.
+        path: PathBuf,
+        /// Something in it.
+        found: String,
+    },
+    /// A call on a file or directory failed.
+    #[error("{operation} {path}")]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no manifest.
+    #[error(
+        "{0} is not a checkpoint image: it has no manifest.json (none was taken, or it was never completed)"
+    )]
+    NoManifest(PathBuf),
+    /// The manifest can't be used.
+    #[error("the image {path}")]
+    Manifest {
+        /// The image directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ManifestError,
+    },
+    /// A part isn't a regular file.
+    #[error("{0} is not a regular file: the image is damaged")]
+    NotAFile(PathBuf),
+    /// A part has a wrong length.
+    #[error("{path} has {found} bytes, not {expected}: the image is truncated or damaged")]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// What the manifest says.
+        expected: u64,
+        /// What it has.
+        found: u64,
+    },
+    /// A part isn't what was written.
+    #[error("{path} is damaged between offsets {start} and {end}: the digest differs")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Start of the chunk, in bytes.
+        start: u64,
+        /// End of the chunk.
+        end: u64,
+    },
+    /// `pages.meta` is what was written and yet can't be understood.
+    #[error("{path} can't be understood")]
+    Meta {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: MetaError,
+    },
+}
+
+fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> ImageError + 'a {
+    move |source| ImageError::File { operation, path: path.to_owned(), source }
+}
+
+/// An image that is being written.
+#[derive(Debug)]
+pub struct ImageWriter {
+    path: PathBuf,
+    /// The outermost directory that was made for it; everything from there on is ours.
+    made: Option<PathBuf>,
+    committed: bool,
+}
+
+impl ImageWriter {
+    /// Prepares `path`: makes it with its parents if it is missing; else it must be empty.
+    pub fn create(path: &Path) -> Result<Self, ImageError> {
+        let path = std::path::absolute(path).map_err(at("find", path))?;
+        let made = path.ancestors().take_while(|dir| !dir.exists()).last().map(Path::to_owned);
+        if made.is_none()
+            && let Some(found) = fs::read_dir(&path).map_err(at("list the image directory", &path))?.next()
+        {
+            let found = found.map_err(at("list the image directory", &path))?.file_name();
+            return Err(ImageError::NotEmpty { path, found: found.to_string_lossy().into_owned() });
+        }
+        // From here on, dropping it removes what was made.
+        let writer = Self { path, made, committed: false };
+        fs::create_dir_all(&writer.path).map_err(at("make the image directory", &writer.path))?;
+        Ok(writer)
+    }
+
+    /// Makes one of the files.
+    pub fn file(&self, name: &str) -> Result<File, ImageError> {
+        let path = self.path.join(name);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600).open(&path).map_err(at("make", &path))
+    }
+
+    /// Makes one of the files with these contents, durable when this returns.
+    pub fn write(&self, name: &str, contents: &[u8]) -> Result<(), ImageError> {
+        let path = self.path.join(name);
+        let mut file = self.file(name)?;
+        file.write_all(contents).map_err(at("write", &path))?;
+        file.sync_all().map_err(at("sync", &path))
+    }
+
+    /// The error of writing one of the files.
+    pub fn failed(&self, operation: &'static str, name: &str, source: io::Error) -> ImageError {
+        ImageError::File { operation, path: self.path.join(name), source }
+    }
+
+    /// Makes it an image. All other files must be durable.
+    pub fn commit(mut self, manifest: &Manifest) -> Result<(), ImageError> {
+        self.write(MANIFEST_NEW, &manifest.encode())?;
+        let path = self.path.join(MANIFEST);
+        fs::rename(self.path.join(MANIFEST_NEW), &path).map_err(at("commit", &path))?;
+        self.committed = true;
+        let outermost = self.made.as_deref().unwrap_or(&self.path);
+        for dir in self.path.ancestors() {
+            File::open(dir).and_then(|dir| dir.sync_all()).map_err(at("sync", dir))?;
+            if outermost.parent().is_none_or(|parent| parent == dir) {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ImageWriter {
+    fn drop(&mut self) {
+        if self.committed {
+            return;
+        }
+        for name in [MANIFEST_NEW, TREE, META, PAGES] {
+            let _ = fs::remove_file(self.path.join(name));
+        }
+        if let Some(made) = &self.made {
+            for dir in self.path.ancestors().take_while(|dir| dir.starts_with(made)) {
+                let _ = fs::remove_dir(dir);
+            }
+        }
+    }
+}
+
+/// Writes a part and digests it on the way. Buffers one chunk.
+#[derive(Debug)]
+pub struct PartWriter {
+    file: File,
+    chunk: Vec<u8>,
+    length: u64,
+    digests: Vec<Digest>,
+}
+
+impl PartWriter {
+    /// Writes to the empty `file`.
+    pub fn new(file: File) -> Self {
+        Self { file, chunk: Vec::with_capacity(CHUNK_SIZE as usize), length: 0, digests: Vec::new() }
+    }
+
+    /// Bytes written so far.
+    pub fn position(&self) -> u64 {
+        self.length
+    }
+
+    fn write_chunk(&mut self) -> io::Result<()> {
+        self.digests.extend(digest_chunks(&self.chunk, CHUNK_SIZE as usize).into_iter().map(Digest));
+        self.file.write_all(&self.chunk)?;
+        self.chunk.clear();
+        Ok(())
+    }
+
+    /// Makes the file durable and describes it.
+    pub fn finish(mut self) -> io::Result<Part> {
+        self.write_chunk()?;
+        self.file.sync_all()?;
+        Ok(Part { length: self.length, chunk_size: CHUNK_SIZE, digests: self.digests })
+    }
+}
+
+impl Write for PartWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.chunk.len() == CHUNK_SIZE as usize {
+            self.write_chunk()?;
+        }
+        let taken = bytes.len().min(CHUNK_SIZE as usize - self.chunk.len());
+        self.chunk.extend_from_slice(&bytes[..taken]);
+        self.length += taken as u64;
+        Ok(taken)
+    }
+
+    /// Does nothing: only whole chunks are written, and the rest by [`PartWriter::finish`].
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// An image whose manifest, trees and page metadata are read and verified.
+#[derive(Debug)]
+pub struct Image {
+    /// The manifest.
+    pub manifest: Manifest,
+    /// The page metadata.
+    pub meta: PagesMeta,
+    /// The pages file, of the right length.
+    pub pages: File,
+    tree: Vec<u8>,
+}
+
+impl Image {
+    /// Opens the image in the directory `path`.
+    pub fn open(path: &Path) -> Result<Self, ImageError> {
+        fs::read_dir(path).map_err(at("open the image directory", path))?;
+        let manifest = match open_part(&path.join(MANIFEST)) {
+            Err(ImageError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(ImageError::NoManifest(path.to_owned()));
+            }
+            other => other?,
+        };
+        let mut text = Vec::new();
+        manifest.take(MANIFEST_MAX).read_to_end(&mut text).map_err(at("read", &path.join(MANIFEST)))?;
+        let manifest = Manifest::decode(&text)
+            .map_err(|source| ImageError::Manifest { path: path.to_owned(), source })?;
+        let meta = read_part(&path.join(META), &manifest.meta)?;
+        let meta =
+            PagesMeta::decode(&meta).map_err(|source| ImageError::Meta { path: path.join(META), source })?;
+        let pages_path = path.join(PAGES);
+        if meta.pages_length != manifest.pages_length {
+            let (expected, found) = (manifest.pages_length, meta.pages_length);
+            return Err(ImageError::Length { path: pages_path, expected, found });
+        }
+        let pages = open_sized(&pages_path, manifest.pages_length)?;
+        let tree = read_part(&path.join(TREE), &manifest.tree)?;
+        Ok(Self { manifest, meta, pages, tree })
+    }
+
+    /// Reads the whole pages file and compares its digests; restoring does this by itself.
+    pub fn verify_pages(&mut self, path: &Path) -> Result<(), ImageError> {
+        let path = path.join(PAGES);
+        let mut chunk = Vec::new();
+        let mut start = 0;
+        self.pages.rewind().map_err(at("read", &path))?;
+        while start < self.manifest.pages_length {
+            chunk.clear();
+            (&mut self.pages).take(CHUNK_SIZE).read_to_end(&mut chunk).map_err(at("read", &path))?;
+            let end = (start + CHUNK_SIZE).min(self.manifest.pages_length);
+            if self.meta.digests.verify(start, &chunk).is_err() {
+                return Err(ImageError::Damaged { path, start, end });
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// The archive of filesystem number `index` of the manifest.
+    pub fn archive(&self, index: usize) -> &[u8] {
+        let filesystem = &self.manifest.filesystems[index];
+        let inside = |at: u64| usize::try_from(at).ok().filter(|at| *at <= self.tree.len());
+        let (start, end) = (inside(filesystem.tree_start), inside(filesystem.tree_end));
+        let (start, end) = start.zip(end).expect("the manifest was judged and tree.tar has its length");
+        &self.tree[start..end]
+    }
+}
+
+/// Opens a file of an image: neither follows a link nor waits for a fifo's writer.
+fn open_part(path: &Path) -> Result<File, ImageError> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = match opened {
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+            return Err(ImageError::NotAFile(path.to_owned()));
+        }
+        other => other.map_err(at("open", path))?,
+    };
+    if !file.metadata().map_err(at("stat", path))?.is_file() {
+        return Err(ImageError::NotAFile(path.to_owned()));
+    }
+    Ok(file)
+}
+
+fn open_sized(path: &Path, expected: u64) -> Result<File, ImageError> {
+    let file = open_part(path)?;
+    let found = file.metadata().map_err(at("stat", path))?.len();
+    if found != expected {
+        return Err(ImageError::Length { path: path.to_owned(), expected, found });
+    }
+    Ok(file)
+}
+
+/// Reads a part whole and verifies it.
+fn read_part(path: &Path, part: &Part) -> Result<Vec<u8>, ImageError> {
+    let mut bytes = Vec::new();
+    open_sized(path, part.length)?.take(part.length).read_to_end(&mut bytes).map_err(at("read", path))?;
+    if bytes.len() as u64 != part.length {
+        let (expected, found) = (part.length, bytes.len() as u64);
+        return Err(ImageError::Length { path: path.to_owned(), expected, found });
+    }
+    if let Some(start) = part.first_damage(&bytes) {
+        let end = (start + CHUNK_SIZE).min(part.length);
+        return Err(ImageError::Damaged { path: path.to_owned(), start, end });
+    }
+    Ok(bytes)
+}

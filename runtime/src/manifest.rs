@@ -1,0 +1,324 @@
+//! `manifest.json`: what an image is, and the lengths and digests of its other parts.
+//!
+//! An envelope apart from its contents: `format` and `version` are judged first, then `digest` over the
+//! bytes of `body` exactly as they stand in the file, and only then is the body decoded. The manifest is
+//! the last file of an image to appear (by rename), so a directory without one is no image.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use stillframe_pgalloc::{CHUNK_SIZE, digest_chunks};
+use stillframe_tmpfs::ResourceId;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Value of `format`.
+pub const FORMAT: &str = "stillframe-image";
+/// The version written, and the only one read.
+pub const VERSION: u64 = 1;
+
+/// An XXH3-64 digest, in JSON as 16 hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Digest(pub u64);
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl Serialize for Digest {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let hexadecimal = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let digest = u64::from_str_radix(&text, 16).ok().filter(|_| hexadecimal);
+        digest.map(Self).ok_or_else(|| serde::de::Error::custom("a digest has 16 hexadecimal digits"))
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Envelope<'a> {
+    format: String,
+    version: u64,
+    digest: Digest,
+    #[serde(borrow)]
+    body: &'a RawValue,
+}
+
+/// Why a manifest can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// It isn't JSON of the envelope's shape.
+    #[error("manifest.json is damaged or no manifest")]
+    Envelope(#[source] serde_json::Error),
+    /// It is a manifest of something else.
+    #[error("manifest.json says format \"{0}\", not \"{FORMAT}\": this is no image of Stillframe")]
+    Format(String),
+    /// It is of a version that isn't known.
+    #[error("the image has version {0}, this program reads version {VERSION}: use a newer Stillframe")]
+    Version(u64),
+    /// The body isn't what was written.
+    #[error("manifest.json is damaged: its body has digest {found}, not {expected}")]
+    Digest {
+        /// What the envelope says.
+        expected: Digest,
+        /// What the body has.
+        found: Digest,
+    },
+    /// The body is intact but not understood.
+    #[error("manifest.json has a body that can't be understood")]
+    Body(#[source] serde_json::Error),
+    /// The body contradicts itself.
+    #[error("manifest.json: {0}")]
+    Contradiction(&'static str),
+}
+
+/// The body.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the program that wrote it; informational.
+    pub stillframe: String,
+    /// When it was written, in seconds since 1970; informational.
+    pub created: u64,
+    /// `tree.tar`.
+    pub tree: Part,
+    /// `pages.meta`.
+    pub meta: Part,
+    /// Length of `pages.img` in bytes; its digests are in `pages.meta`.
+    pub pages_length: u64,
+    /// The containers whose filesystems are saved.
+    pub containers: Vec<SavedContainer>,
+    /// The filesystems, in the order of their trees.
+    pub filesystems: Vec<SavedFilesystem>,
+}
+
+/// A part of the image that is digested in the manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Its length in bytes.
+    pub length: u64,
+    /// Bytes to a digest; the last may cover fewer.
+    pub chunk_size: u64,
+    /// The digests of its chunks, in order.
+    pub digests: Vec<Digest>,
+}
+
+impl Part {
+    /// Describes the contents of a part.
+    pub fn of(bytes: &[u8]) -> Self {
+        let digests = digest_chunks(bytes, CHUNK_SIZE as usize).into_iter().map(Digest).collect();
+        Self { length: bytes.len() as u64, chunk_size: CHUNK_SIZE, digests }
+    }
+
+    /// Offset of the first chunk of `bytes` that isn't what was written, if there is one. The length
+    /// must have been compared before.
+    pub fn first_damage(&self, bytes: &[u8]) -> Option<u64> {
+        let found = digest_chunks(bytes, CHUNK_SIZE as usize);
+        let differs = found.iter().zip(&self.digests).position(|(found, expected)| *found != expected.0);
+        differs.map(|chunk| chunk as u64 * CHUNK_SIZE)
+    }
+}
+
+/// A container whose filesystems are saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedContainer {
+    /// Its name in ResourceIDs.
+    pub name: String,
+    /// Whether an annotation gave the name; else it is the container's id, which no other can have.
+    pub named: bool,
+}
+
+/// What the offsets in a tree's extents mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Offsets {
+    /// Offsets in `pages.img` (main MemoryFile).
+    PagesFile,
+}
+
+/// A saved filesystem.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedFilesystem {
+    /// Its ResourceID.
+    pub resource_id: ResourceId,
+    /// Meaning of the offsets in its tree.
+    pub offsets: Offsets,
+    /// Start of its archive in `tree.tar`, in bytes.
+    pub tree_start: u64,
+    /// End of its archive.
+    pub tree_end: u64,
+    /// The superblock options it had, as mount(8) has them; informational.
+    pub options: String,
+    /// Regular files, hard links counted once.
+    pub files: u64,
+    /// Names of every kind, the root not counted.
+    pub entries: u64,
+    /// Sum of the sizes of the regular files, in bytes.
+    pub logical_bytes: u64,
+    /// Bytes of file contents that are saved.
+    pub data_bytes: u64,
+}
+
+impl Manifest {
+    /// The file's contents.
+    pub fn encode(&self) -> Vec<u8> {
+        let body = serde_json::value::to_raw_value(self).expect("a manifest has string keys only");
+        let digest = Digest(xxh3_64(body.get().as_bytes()));
+        let envelope = Envelope { format: FORMAT.to_owned(), version: VERSION, digest, body: &body };
+        let mut text = serde_json::to_vec(&envelope).expect("an envelope has string keys only");
+        text.push(b'\n');
+        text
+    }
+
+    /// Decodes and judges the file's contents.
+    pub fn decode(text: &[u8]) -> Result<Self, ManifestError> {
+        /// The envelope as far as any version has it.
+        #[derive(Deserialize)]
+        struct Head {
+            format: String,
+            version: u64,
+        }
+        let head: Head = serde_json::from_slice(text).map_err(ManifestError::Envelope)?;
+        if head.format != FORMAT {
+            return Err(ManifestError::Format(head.format));
+        }
+        if head.version != VERSION {
+            return Err(ManifestError::Version(head.version));
+        }
+        let envelope: Envelope<'_> = serde_json::from_slice(text).map_err(ManifestError::Envelope)?;
+        let (expected, found) = (envelope.digest, Digest(xxh3_64(envelope.body.get().as_bytes())));
+        if found != expected {
+            return Err(ManifestError::Digest { expected, found });
+        }
+        let manifest: Self = serde_json::from_str(envelope.body.get()).map_err(ManifestError::Body)?;
+        manifest.judge().map_err(ManifestError::Contradiction)?;
+        Ok(manifest)
+    }
+
+    fn judge(&self) -> Result<(), &'static str> {
+        for part in [&self.tree, &self.meta] {
+            if part.chunk_size != CHUNK_SIZE {
+                return Err("a part's chunk_size isn't 65536");
+            }
+            if part.digests.len() as u64 != part.length.div_ceil(CHUNK_SIZE) {
+                return Err("a part doesn't have one digest a chunk");
+            }
+        }
+        let mut at = 0;
+        for (index, filesystem) in self.filesystems.iter().enumerate() {
+            if filesystem.tree_start != at || filesystem.tree_end < at {
+                return Err("the filesystems' trees don't follow each other in tree.tar");
+            }
+            at = filesystem.tree_end;
+            let id = &filesystem.resource_id;
+            if self.filesystems[..index].iter().any(|before| before.resource_id == *id) {
+                return Err("two filesystems have the same ResourceID");
+            }
+            if !self.containers.iter().any(|container| container.name == id.container) {
+                return Err("a filesystem belongs to a container that isn't listed");
+            }
+        }
+        if at != self.tree.length { Err("the filesystems' trees don't fill tree.tar") } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let filesystem = |path: &str, tree_start, tree_end| SavedFilesystem {
+            resource_id: ResourceId::new("c", path),
+            offsets: Offsets::PagesFile,
+            tree_start,
+            tree_end,
+            options: String::new(),
+            files: 0,
+            entries: 0,
+            logical_bytes: 0,
+            data_bytes: 0,
+        };
+        Manifest {
+            stillframe: "0".to_owned(),
+            created: 0,
+            tree: Part::of(&[0; 70_000]),
+            meta: Part::of(b"x"),
+            pages_length: 0,
+            containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
+            filesystems: vec![filesystem("/a", 0, 50_000), filesystem("/b", 50_000, 70_000)],
+        }
+    }
+
+    #[test]
+    fn a_manifest_round_trips() {
+        assert_eq!(Manifest::decode(&manifest().encode()).unwrap(), manifest());
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found() {
+        let text = manifest().encode();
+        for at in 0..text.len() - 1 {
+            for bit in 0..8 {
+                let mut damaged = text.clone();
+                damaged[at] ^= 1 << bit;
+                match Manifest::decode(&damaged) {
+                    Err(_) => {}
+                    // Hexadecimal digits of the digest may change their case without meaning another.
+                    Ok(decoded) => assert_eq!(decoded, manifest(), "bit {bit} at {at}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_found() {
+        let text = manifest().encode();
+        for length in 0..text.len() - 1 {
+            assert!(Manifest::decode(&text[..length]).is_err(), "{length}");
+        }
+    }
+
+    #[test]
+    fn another_version_is_named_before_all_else() {
+        let error =
+            Manifest::decode(br#"{"format":"stillframe-image","version":7,"unheard":{}}"#).unwrap_err();
+        assert!(matches!(error, ManifestError::Version(7)), "{error}");
+        let error = Manifest::decode(br#"{"format":"tar","version":1}"#).unwrap_err();
+        assert!(matches!(error, ManifestError::Format(_)), "{error}");
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        type Change = fn(&mut Manifest);
+        let changes: [Change; 7] = [
+            |m| m.tree.length += 1,
+            |m| m.meta.digests.clear(),
+            |m| m.meta.chunk_size = 0,
+            |m| m.filesystems[1].tree_start = 0,
+            |m| m.filesystems[1].tree_end = 60_000,
+            |m| m.filesystems[1].resource_id = m.filesystems[0].resource_id.clone(),
+            |m| m.containers.clear(),
+        ];
+        for (index, change) in changes.into_iter().enumerate() {
+            let mut manifest = manifest();
+            change(&mut manifest);
+            let error = Manifest::decode(&manifest.encode()).unwrap_err();
+            assert!(matches!(error, ManifestError::Contradiction(_)), "{index}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_damaged_chunk_is_named() {
+        let mut bytes = vec![7; 200_000];
+        let part = Part::of(&bytes);
+        assert_eq!(part.first_damage(&bytes), None);
+        bytes[140_000] ^= 1;
+        assert_eq!(part.first_damage(&bytes), Some(131_072));
+    }
+}

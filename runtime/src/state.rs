@@ -1,0 +1,304 @@
+//! The state directory of a sandbox: `/run/stillframe/<containerd namespace>/<sandbox id>/`, mode 0700.
+//!
+//! | name | what |
+//! | --- | --- |
+//! | `lock` | flock(2), exclusive, held by whoever changes something or takes a checkpoint |
+//! | `containers/<id>.json` | [`ContainerRecord`] |
+//! | `filesystems/<name>/mnt` | where a filesystem is mounted |
+//! | `filesystems/<name>/record.json` | [`FilesystemRecord`] |
+//! | `last-checkpoint.json` | what the last checkpoint did |
+//!
+//! Records are written by rename, so a reader needs no lock. The shim and the `stillframe` command work
+//! on the same directory; neither keeps anything that the other would need.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use stillframe_tmpfs::options::TmpfsOptions;
+use stillframe_tmpfs::{Ids, ResourceId};
+
+use crate::freezer::Cgroup;
+
+/// Where all state is. tmpfs on every node, so a reboot leaves none.
+pub const STATE_ROOT: &str = "/run/stillframe";
+
+/// Why state couldn't be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A namespace or id can't be a directory's name.
+    #[error("\"{0}\" can't be the name of a namespace, sandbox or container: it must be a plain file name")]
+    Name(String),
+    /// A call on a file failed.
+    #[error("{operation} {path}")]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A record can't be read, though it is ours.
+    #[error("the record {path} can't be decoded")]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// A container that has been prepared.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ContainerRecord {
+    /// Its id.
+    pub id: String,
+    /// Its name in ResourceIDs.
+    pub name: String,
+    /// Whether an annotation gave the name; else it is the id.
+    pub named: bool,
+    /// Its user namespace's mappings.
+    pub ids: Ids,
+    /// Its init process, once runc has created it.
+    pub init: Option<InitRecord>,
+    /// Names of its filesystems' directories, in the order of the spec.
+    pub filesystems: Vec<String>,
+}
+
+/// A container's init process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InitRecord {
+    /// Its process id on the host.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot (field 22 of /proc/PID/stat): a pid may come again.
+    pub start_time: u64,
+    /// The cgroup by which the container is frozen.
+    pub cgroup: Option<Cgroup>,
+}
+
+/// A filesystem that has been mounted.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FilesystemRecord {
+    /// Its ResourceID.
+    pub resource_id: ResourceId,
+    /// The options it was mounted with.
+    pub options: TmpfsOptions,
+}
+
+/// Paths of one sandbox's state.
+#[derive(Clone, Debug)]
+pub struct StateDir {
+    path: PathBuf,
+}
+
+impl StateDir {
+    /// The directory of a sandbox below `root`; nothing is made.
+    pub fn new(root: &Path, namespace: &str, sandbox_id: &str) -> Result<Self, StateError> {
+        let path = root.join(checked(namespace)?).join(checked(sandbox_id)?);
+        Ok(Self { path })
+    }
+
+    /// Ids of the sandboxes of a namespace.
+    pub fn sandboxes(root: &Path, namespace: &str) -> Result<Vec<String>, StateError> {
+        names(&root.join(checked(namespace)?))
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes the directory and takes its lock, waiting for it.
+    pub fn create(&self) -> Result<Locked, StateError> {
+        loop {
+            make_dir(&self.path)?;
+            if let Some(locked) = self.lock()? {
+                return Ok(locked);
+            }
+        }
+    }
+
+    /// Takes the lock, waiting for it; `None` where there is no such sandbox (any more).
+    pub fn lock(&self) -> Result<Option<Locked>, StateError> {
+        let path = self.path.join("lock");
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = match file {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(at("open", &path))?,
+        };
+        let lock =
+            Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| at("lock", &path)(e.into()))?;
+        // Whoever had it before may have removed the directory, with the lock in it.
+        let mine = lock.metadata().map_err(at("stat", &path))?.ino();
+        match fs::metadata(&path) {
+            Ok(there) if there.ino() == mine => Ok(Some(Locked { dir: self.clone(), _lock: lock })),
+            Ok(_) => self.lock(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(at("stat", &path)(error)),
+        }
+    }
+
+    fn container_path(&self, id: &str) -> Result<PathBuf, StateError> {
+        Ok(self.path.join("containers").join(format!("{}.json", checked(id)?)))
+    }
+
+    /// The record of a container, if there is one.
+    pub fn container(&self, id: &str) -> Result<Option<ContainerRecord>, StateError> {
+        read(&self.container_path(id)?)
+    }
+
+    /// Ids of the containers.
+    pub fn containers(&self) -> Result<Vec<String>, StateError> {
+        let names = names(&self.path.join("containers"))?;
+        Ok(names.iter().filter_map(|name| Some(name.strip_suffix(".json")?.to_owned())).collect())
+    }
+
+    /// Where a filesystem is mounted.
+    pub fn mountpoint(&self, filesystem: &str) -> PathBuf {
+        self.path.join("filesystems").join(filesystem).join("mnt")
+    }
+
+    /// The record of a filesystem, if there is one.
+    pub fn filesystem(&self, name: &str) -> Result<Option<FilesystemRecord>, StateError> {
+        read(&self.path.join("filesystems").join(name).join("record.json"))
+    }
+
+    /// Names of the filesystems' directories that belong to a container, whatever its record says.
+    pub fn filesystems_of(&self, container: &str) -> Result<Vec<String>, StateError> {
+        let names = names(&self.path.join("filesystems"))?;
+        let number = |name: &str| Some(name.strip_prefix(container)?.strip_prefix('.')?.parse::<u32>().ok());
+        Ok(names.into_iter().filter(|name| number(name).flatten().is_some()).collect())
+    }
+}
+
+/// The state directory while its lock is held: what may be changed.
+#[derive(Debug)]
+pub struct Locked {
+    dir: StateDir,
+    _lock: Flock<File>,
+}
+
+impl Locked {
+    /// The paths.
+    pub fn dir(&self) -> &StateDir {
+        &self.dir
+    }
+
+    /// Writes a container's record.
+    pub fn put_container(&self, record: &ContainerRecord) -> Result<(), StateError> {
+        make_dir(&self.dir.path.join("containers"))?;
+        write(&self.dir.container_path(&record.id)?, record)
+    }
+
+    /// Makes the directories of filesystem `number` of a container, and gives its name.
+    pub fn make_filesystem(&self, container: &str, number: usize) -> Result<String, StateError> {
+        let name = format!("{}.{number}", checked(container)?);
+        make_dir(&self.dir.mountpoint(&name))?;
+        Ok(name)
+    }
+
+    /// Writes a filesystem's record.
+    pub fn put_filesystem(&self, name: &str, record: &FilesystemRecord) -> Result<(), StateError> {
+        write(&self.dir.path.join("filesystems").join(name).join("record.json"), record)
+    }
+
+    /// Writes what the last checkpoint did.
+    pub fn put_last_checkpoint<T: Serialize>(&self, result: &T) -> Result<(), StateError> {
+        write(&self.dir.path.join("last-checkpoint.json"), result)
+    }
+
+    /// Removes a filesystem's directory; it must be unmounted. A directory that is gone is fine.
+    pub fn remove_filesystem(&self, name: &str) -> Result<(), StateError> {
+        let path = self.dir.path.join("filesystems").join(name);
+        // Not remove_dir_all: if it is still mounted, the container's data must not be deleted.
+        for file in [path.join("record.json"), path.join("record.json.new")] {
+            absent_is_fine(fs::remove_file(&file)).map_err(at("remove", &file))?;
+        }
+        for dir in [path.join("mnt"), path] {
+            absent_is_fine(fs::remove_dir(&dir)).map_err(at("remove", &dir))?;
+        }
+        Ok(())
+    }
+
+    /// Removes a container's record, and with the last one the sandbox's directory.
+    pub fn remove_container(&self, id: &str) -> Result<(), StateError> {
+        let path = self.dir.container_path(id)?;
+        absent_is_fine(fs::remove_file(&path)).map_err(at("remove", &path))?;
+        if !self.dir.containers()?.is_empty() || !names(&self.dir.path.join("filesystems"))?.is_empty() {
+            return Ok(());
+        }
+        for name in ["last-checkpoint.json", "lock"] {
+            let file = self.dir.path.join(name);
+            absent_is_fine(fs::remove_file(&file)).map_err(at("remove", &file))?;
+        }
+        let path = &self.dir.path;
+        for dir in [path.join("containers"), path.join("filesystems"), path.clone()] {
+            absent_is_fine(fs::remove_dir(&dir)).map_err(at("remove", &dir))?;
+        }
+        // The namespace's directory goes with its last sandbox; another one may just have been made.
+        if let Some(namespace) = path.parent() {
+            let _ = fs::remove_dir(namespace);
+        }
+        Ok(())
+    }
+}
+
+fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> StateError + 'a {
+    move |source| StateError::File { operation, path: path.to_owned(), source }
+}
+
+/// Refuses what would lead out of its directory. containerd's identifiers are stricter than this.
+fn checked(name: &str) -> Result<&str, StateError> {
+    if name.is_empty() || name.len() > 200 || name.starts_with('.') || name.contains(['/', '\0']) {
+        return Err(StateError::Name(name.to_owned()));
+    }
+    Ok(name)
+}
+
+fn make_dir(path: &Path) -> Result<(), StateError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at("make the directory", path))
+}
+
+fn names(dir: &Path) -> Result<Vec<String>, StateError> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(at("list", dir))?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry.map_err(at("list", dir))?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StateError> {
+    let text = match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(at("read", path))?,
+    };
+    let decoded = serde_json::from_slice(&text);
+    decoded.map(Some).map_err(|source| StateError::Record { path: path.to_owned(), source })
+}
+
+fn write<T: Serialize>(path: &Path, record: &T) -> Result<(), StateError> {
+    let new = PathBuf::from(format!("{}.new", path.display()));
+    let text = serde_json::to_vec_pretty(record).expect("records have string keys only");
+    fs::write(&new, text).map_err(at("write", &new))?;
+    fs::rename(&new, path).map_err(at("write", path))
+}
