@@ -8,6 +8,7 @@
 //! what these tests prove is proved of the programs that get installed.
 
 pub mod binaries;
+pub mod checkpoint;
 pub mod container;
 pub mod containerd;
 pub mod ctr;
@@ -17,6 +18,7 @@ pub mod residue;
 pub mod skip;
 pub mod watchdog;
 
+pub use checkpoint::{LastCheckpoint, LookError};
 pub use container::{Container, ContainerSpec};
 pub use containerd::{Containerd, ContainerdVersion};
 pub use ctr::{Background, Ctr, CtrError};
