@@ -8,15 +8,18 @@
 //! writes them. Loading: an [`AsyncPagesFileLoad`] reads the pages file chunk by chunk, verifies each chunk and
 //! writes it to where it belongs. Both report their first error at the next call and at `finish`.
 
+mod buffer;
 mod digest;
 mod load;
 mod memory_file;
 mod meta;
 mod page;
 mod save;
+mod sys;
+mod zero;
 
 pub use digest::{CHUNK_SIZE, DigestError, DigestTable, digest_chunks};
-pub use load::{AsyncPagesFileLoad, LoadError, LoadOptions, LoadSummary, LoadTarget};
+pub use load::{AsyncPagesFileLoad, LoadError, LoadOptions, LoadSummary, LoadTarget, OnLoaded};
 pub use memory_file::MemoryFile;
 pub use meta::{MetaError, PagesMeta, PrivateMemoryFileMeta};
 pub use page::{ExtentError, FileRange, MAX_FILE_SIZE, PAGE_SIZE, PageExtent, PagesOffset, validate_extents};

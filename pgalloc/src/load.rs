@@ -1,20 +1,49 @@
 //! Loading pages from the pages file.
+//!
+//! ```text
+//! callers                              loader threads
+//! cut files into parts of 4 MiB,    -> read up to 1 MiB, verify each chunk of 64 KiB, write to the files;
+//! add them to a bounded queue          after a file's last byte: its on_loaded
+//! ```
+//!
+//! **Bounds.** The queue holds 32 batches of up to 4 MiB and 128 parts, so at most 4,096 files are open for it, and
+//! what is being loaded; each thread has one buffer of 1 MiB. Who wants more waits.
+//!
+//! **Trust.** The extents may come out of an image: they are checked against the pages file before anything is
+//! enqueued (against the file's size the caller has checked them, [`validate_extents`](crate::validate_extents)).
+//! Nothing is written to a file that hasn't passed its digest. Several extents may have the same pages: what that
+//! may grow to is bounded by the filesystem that takes it.
+//!
+//! **Failure.** The first failure is final: what is queued is dropped, with its `on_loaded`s, and each later call and
+//! `finish` return it. A file is complete if and only if its `on_loaded` has run. Dropped without `finish`, a load
+//! ends its threads and drops what is queued.
+//!
+//! Mirrors gVisor's `AsyncPagesFileLoad` (pkg/sentry/pgalloc).
 
 mod error;
+mod loader;
+mod queue;
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 pub use error::LoadError;
 
 use crate::digest::DigestTable;
-use crate::page::PageExtent;
+use crate::page::{MAX_FILE_SIZE, PageExtent, PagesOffset, validate_extents};
+use loader::{Loader, Shared};
+use queue::{BATCH, Part, Queue, Target};
 
 /// How the pages file is loaded.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
-    /// Loader threads, at least one.
+    /// Loader threads; at least one is started.
     pub threads: usize,
 }
 
@@ -29,7 +58,7 @@ impl Default for LoadOptions {
 pub struct LoadSummary {
     /// Bytes written to files.
     pub bytes: u64,
-    /// Files that got all of their contents.
+    /// Files that got all of their contents, and their `on_loaded`.
     pub files: u64,
 }
 
@@ -38,16 +67,29 @@ pub type OnLoaded = Box<dyn FnOnce(&File) -> io::Result<()> + Send>;
 
 /// A file to load.
 pub struct LoadTarget {
-    /// The file, open for writing, of its final size, without contents.
+    /// The file, open for writing, without contents.
     pub file: Arc<File>,
-    /// Its contents.
+    /// Its contents, as `write_range` returned them.
     pub extents: Vec<PageExtent>,
     /// Runs on a loader thread once the last byte has been written; dropped without being run when loading fails.
+    /// Must not enqueue files: it would wait for itself.
     pub on_loaded: Option<OnLoaded>,
 }
 
-/// The load of one pages file: owns the file and its loader threads.
-pub struct AsyncPagesFileLoad {}
+impl fmt::Debug for LoadTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoadTarget")
+            .field("file", &self.file)
+            .field("extents", &self.extents)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The load of one pages file: owns the file and its loader threads. See the module for bounds, trust, failure.
+pub struct AsyncPagesFileLoad {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
 
 impl AsyncPagesFileLoad {
     /// Loads from `pages_file`, which must be as long as `digests` say.
@@ -55,26 +97,46 @@ impl AsyncPagesFileLoad {
     /// # Errors
     ///
     /// It isn't; or no thread or memory is to be had.
-    pub fn new(_pages_file: File, _digests: DigestTable, _options: LoadOptions) -> Result<Self, LoadError> {
-        todo!()
+    pub fn new(pages_file: File, digests: DigestTable, options: LoadOptions) -> Result<Self, LoadError> {
+        let metadata =
+            pages_file.metadata().map_err(|source| LoadError::Examine { source: Arc::new(source) })?;
+        let (expected, actual) = (digests.pages_length(), metadata.len());
+        if expected != actual {
+            return Err(LoadError::Length { expected, actual });
+        }
+        // Twice the read-ahead. Only advice: where it isn't taken, loading is slower.
+        let _ = posix_fadvise(&pages_file, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
+        let (bytes, files) = (AtomicU64::new(0), AtomicU64::new(0));
+        let shared = Arc::new(Shared { pages_file, digests, queue: Queue::default(), bytes, files });
+        let mut load = Self { shared, threads: Vec::new() };
+        for _ in 0..options.threads.max(1) {
+            let loader = Loader::new(load.shared.clone())?;
+            let thread = thread::Builder::new()
+                .name("pages-load".into())
+                .spawn(move || loader.run())
+                .map_err(|source| LoadError::Thread { source: Arc::new(source) })?;
+            load.threads.push(thread);
+        }
+        Ok(load)
     }
 
     /// Enqueues files to load, behind those enqueued before; waits while the queue is full.
     ///
     /// # Errors
     ///
-    /// The first error of the load.
-    pub fn load_ranges_into(&self, _targets: Vec<LoadTarget>) -> Result<(), LoadError> {
-        todo!()
+    /// Extents that can't be; or the first error of the load. None of these files may be taken for loaded then whose
+    /// `on_loaded` hasn't run.
+    pub fn load_ranges_into(&self, targets: Vec<LoadTarget>) -> Result<(), LoadError> {
+        self.enqueue(targets, false)
     }
 
-    /// Enqueues files to load before all others that are not yet being loaded; doesn't wait.
+    /// Enqueues files to be loaded before all others that aren't being loaded yet; doesn't wait.
     ///
     /// # Errors
     ///
-    /// The first error of the load.
-    pub fn load_ranges_next(&self, _targets: Vec<LoadTarget>) -> Result<(), LoadError> {
-        todo!()
+    /// As [`load_ranges_into`](Self::load_ranges_into).
+    pub fn load_ranges_next(&self, targets: Vec<LoadTarget>) -> Result<(), LoadError> {
+        self.enqueue(targets, true)
     }
 
     /// Waits until everything is loaded.
@@ -82,7 +144,72 @@ impl AsyncPagesFileLoad {
     /// # Errors
     ///
     /// The first error of the load.
-    pub fn finish(self) -> Result<LoadSummary, LoadError> {
-        todo!()
+    pub fn finish(mut self) -> Result<LoadSummary, LoadError> {
+        self.shared.queue.close();
+        self.join();
+        match self.shared.queue.failure() {
+            Some(failure) => Err(failure),
+            None => Ok(LoadSummary {
+                bytes: self.shared.bytes.load(Ordering::Relaxed),
+                files: self.shared.files.load(Ordering::Relaxed),
+            }),
+        }
     }
+
+    /// Length of the pages file in bytes.
+    pub(crate) fn pages_length(&self) -> u64 {
+        self.shared.digests.pages_length()
+    }
+
+    fn enqueue(&self, targets: Vec<LoadTarget>, urgent: bool) -> Result<(), LoadError> {
+        for LoadTarget { extents, .. } in &targets {
+            // A partial page can be any file's last, here.
+            let size = extents.last().and_then(PageExtent::file_end).unwrap_or(MAX_FILE_SIZE);
+            validate_extents(extents, size, self.pages_length())?;
+        }
+        for LoadTarget { file, extents, on_loaded } in targets {
+            let count: usize = extents.iter().map(|extent| parts(*extent).count()).sum();
+            let target = Target::new(file, count.max(1), on_loaded);
+            if count == 0 {
+                self.shared.queue.push(Part { target, extent: None }, urgent)?;
+                continue;
+            }
+            for extent in extents.into_iter().flat_map(parts) {
+                self.shared.queue.push(Part { target: target.clone(), extent: Some(extent) }, urgent)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn join(&mut self) {
+        for thread in self.threads.drain(..) {
+            // A panic has been recorded as the failure.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for AsyncPagesFileLoad {
+    fn drop(&mut self) {
+        if !self.threads.is_empty() {
+            self.shared.queue.stop(None);
+            self.join();
+        }
+    }
+}
+
+/// Cuts a valid extent at multiples of a batch's bytes in the pages file, so that no chunk is in two parts of it.
+fn parts(extent: PageExtent) -> impl Iterator<Item = PageExtent> {
+    let PageExtent { file_offset, length, pages_offset: PagesOffset(start) } = extent;
+    let end = start + length;
+    let first = start / BATCH.0;
+    (first..end.div_ceil(BATCH.0)).map(move |index| {
+        let from = start.max(index * BATCH.0);
+        let to = end.min((index + 1) * BATCH.0);
+        PageExtent {
+            file_offset: file_offset + (from - start),
+            length: to - from,
+            pages_offset: PagesOffset(from),
+        }
+    })
 }

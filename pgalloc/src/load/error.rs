@@ -25,13 +25,6 @@ pub enum LoadError {
         #[source]
         source: Arc<io::Error>,
     },
-    /// `Direct::Always` was asked for where the pages file's filesystem doesn't do it.
-    #[error("the pages file's filesystem refuses direct I/O: load with direct I/O `auto` or `never`")]
-    Direct {
-        /// The cause.
-        #[source]
-        source: Arc<io::Error>,
-    },
     /// A thread can't be started.
     #[error("can't start a loader thread")]
     Thread {
@@ -96,6 +89,9 @@ pub enum LoadError {
         #[source]
         source: Arc<io::Error>,
     },
+    /// A loader thread panicked, in what was to be done with a loaded file.
+    #[error("a loader thread panicked")]
+    Panicked,
     /// The main MemoryFile can't be loaded as a whole, only range by range.
     #[error("the main MemoryFile is loaded range by range, not as a whole")]
     MainMemoryFile,

@@ -1,0 +1,151 @@
+//! A loader thread: reads windows of the pages file, verifies their chunks, writes them to their files.
+//!
+//! The pages file is read (pread(2)), never mapped: where it can't be read a mapping would raise SIGBUS. A window is
+//! whole chunks, up to [`WINDOW`] bytes, verified before anything of it is written anywhere; the last one is kept, so
+//! the small files of a chunk are read and verified once.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memmap2::MmapMut;
+
+use crate::digest::{CHUNK_SIZE, DigestError, DigestTable};
+use crate::load::error::LoadError;
+use crate::load::queue::{Part, Queue};
+use crate::page::{PageExtent, PagesOffset};
+
+/// Most bytes that are read at once: whole chunks.
+const WINDOW: u64 = 1 << 20;
+
+/// What the loader threads share.
+pub(crate) struct Shared {
+    pub(crate) pages_file: File,
+    pub(crate) digests: DigestTable,
+    pub(crate) queue: Queue,
+    pub(crate) bytes: AtomicU64,
+    pub(crate) files: AtomicU64,
+}
+
+/// One thread's part of it.
+pub(crate) struct Loader {
+    shared: Arc<Shared>,
+    buffer: MmapMut,
+    /// Where in the pages file the verified bytes in the buffer are, and how many.
+    window: (u64, usize),
+}
+
+impl Loader {
+    pub(crate) fn new(shared: Arc<Shared>) -> Result<Self, LoadError> {
+        let length = WINDOW as usize;
+        let buffer = MmapMut::map_anon(length)
+            .map_err(|source| LoadError::Buffer { length, source: Arc::new(source) })?;
+        Ok(Self { shared, buffer, window: (0, 0) })
+    }
+
+    /// Loads until there is no more, or something failed.
+    pub(crate) fn run(mut self) {
+        let guard = StopOnPanic(self.shared.clone());
+        while let Some(parts) = self.shared.queue.take() {
+            if let Err(error) = self.load(&parts) {
+                self.shared.queue.stop(Some(error));
+            }
+        }
+        drop(guard);
+    }
+
+    fn load(&mut self, parts: &[Part]) -> Result<(), LoadError> {
+        for (index, part) in parts.iter().enumerate() {
+            if let Some(extent) = part.extent
+                && !self.load_extent(&part.target.file, extent, &parts[index + 1..])?
+            {
+                return Ok(());
+            }
+            let (last, on_loaded) = part.target.part_done();
+            if let Some(on_loaded) = on_loaded {
+                on_loaded(&part.target.file)
+                    .map_err(|source| LoadError::OnLoaded { source: Arc::new(source) })?;
+            }
+            self.shared.files.fetch_add(last.into(), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Loads an extent; false if the load was stopped before all of it was there.
+    fn load_extent(&mut self, file: &File, extent: PageExtent, next: &[Part]) -> Result<bool, LoadError> {
+        let PageExtent { mut file_offset, length, pages_offset: PagesOffset(mut offset) } = extent;
+        let end = offset + length;
+        while offset < end {
+            if !self.has(offset) {
+                if self.shared.queue.is_stopped() {
+                    return Ok(false);
+                }
+                self.read(offset, wanted(end, next))?;
+            }
+            let (start, length) = self.window;
+            let bytes = &self.buffer[(offset - start) as usize..length.min((end - start) as usize)];
+            file.write_all_at(bytes, file_offset).map_err(|source| LoadError::Write {
+                offset: file_offset,
+                pages_offset: PagesOffset(offset),
+                source: Arc::new(source),
+            })?;
+            offset += bytes.len() as u64;
+            file_offset += bytes.len() as u64;
+            self.shared.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+        Ok(true)
+    }
+
+    fn has(&self, offset: u64) -> bool {
+        let (start, length) = self.window;
+        offset >= start && offset - start < length as u64
+    }
+
+    /// Reads and verifies the chunks from that of `offset` to that which ends at or behind `wanted`, or fewer.
+    fn read(&mut self, offset: u64, wanted: u64) -> Result<(), LoadError> {
+        let start = offset / CHUNK_SIZE * CHUNK_SIZE;
+        let end =
+            wanted.next_multiple_of(CHUNK_SIZE).min(start + WINDOW).min(self.shared.digests.pages_length());
+        // Not valid while it is read: an error must leave nothing unverified behind.
+        self.window = (0, 0);
+        let bytes = &mut self.buffer[..(end - start) as usize];
+        self.shared
+            .pages_file
+            .read_exact_at(bytes, start)
+            .map_err(|source| LoadError::Read { offset: PagesOffset(start), source: Arc::new(source) })?;
+        self.shared.digests.verify(start, bytes).map_err(|source| {
+            let offset = match source {
+                DigestError::Mismatch { offset, .. } => offset,
+                DigestError::Count { .. } | DigestError::NoChunk { .. } => start,
+            };
+            LoadError::Digest { offset: PagesOffset(offset), source }
+        })?;
+        self.window = (start, bytes.len());
+        Ok(())
+    }
+}
+
+/// How far to read: to `end`, and on to what follows it in the same or the next chunk.
+fn wanted(end: u64, next: &[Part]) -> u64 {
+    let mut wanted = end;
+    for extent in next.iter().filter_map(|part| part.extent) {
+        let start = extent.pages_offset.0;
+        if start + CHUNK_SIZE < wanted || start > wanted.next_multiple_of(CHUNK_SIZE) {
+            break;
+        }
+        wanted = wanted.max(start + extent.length);
+    }
+    wanted
+}
+
+/// Ends the load when a loader thread panics, so that nobody waits for it for ever.
+struct StopOnPanic(Arc<Shared>);
+
+impl Drop for StopOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.queue.stop(Some(LoadError::Panicked));
+        }
+    }
+}

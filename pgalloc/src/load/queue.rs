@@ -1,0 +1,218 @@
+//! The queue between those who want files loaded and the loader threads.
+//!
+//! Bounded: at most [`BATCHES`] batches, each up to [`BATCH`] bytes and parts, so that neither descriptors nor
+//! memory pile up. Small files are added to the last batch as long as no loader has taken it; that is how they get
+//! read together. Urgent batches are taken first and not counted.
+//!
+//! States: open; closed (no more comes, loaders end when it is empty); failed or stopped (what is queued has been
+//! dropped, loaders end at once, nobody waits any more).
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+use crate::buffer::{lock, wait};
+use crate::load::OnLoaded;
+use crate::load::error::LoadError;
+use crate::page::PageExtent;
+
+/// Most batches that wait.
+pub(crate) const BATCHES: usize = 32;
+/// Most bytes and most parts in a batch.
+pub(crate) const BATCH: (u64, usize) = (4 << 20, 128);
+
+/// A file that is being loaded.
+pub(crate) struct Target {
+    pub(crate) file: Arc<File>,
+    /// Parts not yet written.
+    parts: AtomicUsize,
+    on_loaded: Mutex<Option<OnLoaded>>,
+}
+
+impl Target {
+    pub(crate) fn new(file: Arc<File>, parts: usize, on_loaded: Option<OnLoaded>) -> Arc<Self> {
+        Arc::new(Self { file, parts: AtomicUsize::new(parts), on_loaded: Mutex::new(on_loaded) })
+    }
+
+    /// Counts a part as written. If it was the last, returns true and what is to be done now.
+    pub(crate) fn part_done(&self) -> (bool, Option<OnLoaded>) {
+        // Release and acquire: who does the rest sees the writes of all parts.
+        let last = self.parts.fetch_sub(1, Ordering::AcqRel) == 1;
+        (last, if last { lock(&self.on_loaded).take() } else { None })
+    }
+}
+
+/// A piece of a file to load, of up to a batch's bytes.
+pub(crate) struct Part {
+    pub(crate) target: Arc<Target>,
+    /// `None`: a file without contents.
+    pub(crate) extent: Option<PageExtent>,
+}
+
+impl Part {
+    fn length(&self) -> u64 {
+        self.extent.map_or(0, |extent| extent.length)
+    }
+}
+
+/// Parts that one loader takes together.
+#[derive(Default)]
+struct Batch {
+    bytes: u64,
+    parts: Vec<Part>,
+}
+
+impl Batch {
+    fn has_room(&self, part: &Part) -> bool {
+        self.parts.len() < BATCH.1 && self.bytes + part.length() <= BATCH.0
+    }
+
+    fn push(&mut self, part: Part) {
+        self.bytes += part.length();
+        self.parts.push(part);
+    }
+}
+
+#[derive(Default)]
+struct State {
+    batches: VecDeque<Batch>,
+    urgent: VecDeque<Batch>,
+    closed: bool,
+    stopped: bool,
+    failure: Option<LoadError>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Queue {
+    state: Mutex<State>,
+    /// A batch was added, or the state changed.
+    filled: Condvar,
+    /// A batch was taken, or the state changed.
+    drained: Condvar,
+}
+
+impl Queue {
+    /// Adds a part; waits while the queue is full, unless it is urgent.
+    pub(crate) fn push(&self, part: Part, urgent: bool) -> Result<(), LoadError> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            let full = state.batches.len() >= BATCHES;
+            let batches = if urgent { &mut state.urgent } else { &mut state.batches };
+            if let Some(last) = batches.back_mut().filter(|last| last.has_room(&part)) {
+                last.push(part);
+                return Ok(());
+            }
+            if urgent || !full {
+                let mut batch = Batch::default();
+                batch.push(part);
+                batches.push_back(batch);
+                self.filled.notify_one();
+                return Ok(());
+            }
+            state = wait(&self.drained, state);
+        }
+    }
+
+    /// The next batch; waits for one. `None` when there will be no more.
+    pub(crate) fn take(&self) -> Option<Vec<Part>> {
+        let mut state = lock(&self.state);
+        loop {
+            if state.stopped {
+                return None;
+            }
+            if let Some(batch) = state.urgent.pop_front() {
+                return Some(batch.parts);
+            }
+            if let Some(batch) = state.batches.pop_front() {
+                self.drained.notify_one();
+                return Some(batch.parts);
+            }
+            if state.closed {
+                return None;
+            }
+            state = wait(&self.filled, state);
+        }
+    }
+
+    /// Whether loaders are to end at once.
+    pub(crate) fn is_stopped(&self) -> bool {
+        lock(&self.state).stopped
+    }
+
+    /// No more will be added.
+    pub(crate) fn close(&self) {
+        lock(&self.state).closed = true;
+        self.filled.notify_all();
+    }
+
+    /// Drops what is queued and ends the loaders; with a failure if there was one, of which the first counts.
+    pub(crate) fn stop(&self, failure: Option<LoadError>) {
+        let mut state = lock(&self.state);
+        state.stopped = true;
+        if state.failure.is_none() {
+            state.failure = failure;
+        }
+        let dropped = (std::mem::take(&mut state.batches), std::mem::take(&mut state.urgent));
+        drop(state);
+        self.filled.notify_all();
+        self.drained.notify_all();
+        // Behind the lock: this drops closures of the caller's.
+        drop(dropped);
+    }
+
+    /// The first failure.
+    pub(crate) fn failure(&self) -> Option<LoadError> {
+        lock(&self.state).failure.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::PagesOffset;
+
+    fn part(length: u64) -> Part {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let extent =
+            (length > 0).then_some(PageExtent { file_offset: 0, length, pages_offset: PagesOffset(0) });
+        Part { target: Target::new(file, 1, None), extent }
+    }
+
+    #[test]
+    fn small_parts_share_a_batch_and_urgent_ones_go_first() {
+        let queue = Queue::default();
+        for length in [4096, 0, 4096, BATCH.0, 4096] {
+            queue.push(part(length), false).unwrap();
+        }
+        queue.push(part(1), true).unwrap();
+        queue.close();
+        let lengths = || queue.take().map(|parts| parts.iter().map(Part::length).collect::<Vec<_>>());
+        assert_eq!(lengths(), Some(vec![1]));
+        assert_eq!(lengths(), Some(vec![4096, 0, 4096]));
+        assert_eq!(lengths(), Some(vec![BATCH.0]));
+        assert_eq!(lengths(), Some(vec![4096]));
+        assert_eq!(lengths(), None);
+    }
+
+    #[test]
+    fn a_failure_wakes_who_waits_for_room_and_the_first_one_counts() {
+        let queue = Arc::new(Queue::default());
+        for _ in 0..BATCHES {
+            queue.push(part(BATCH.0), false).unwrap();
+        }
+        let waiter = std::thread::spawn({
+            let queue = queue.clone();
+            move || queue.push(part(BATCH.0), false)
+        });
+        queue.stop(Some(LoadError::Panicked));
+        queue.stop(Some(LoadError::MainMemoryFile));
+        assert!(matches!(waiter.join().unwrap(), Err(LoadError::Panicked)));
+        assert!(queue.take().is_none());
+        assert!(matches!(queue.failure(), Some(LoadError::Panicked)));
+    }
+}

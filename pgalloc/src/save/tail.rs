@@ -1,0 +1,213 @@
+//! The tail of the pages file: gives pages their offsets, in order, and hands them to the writer in that order.
+//!
+//! One lock orders the producers: what is appended under it is contiguous in the pages file. Small pieces are copied
+//! into a *gather buffer*, which goes to the writer when it is full, when memory appended by reference must follow
+//! it, or at the end. The writer never takes this lock, so it may be held while waiting for a gather buffer.
+
+use std::sync::mpsc::{SendError, Sender};
+use std::sync::{Arc, Mutex};
+
+use crate::buffer::{BufferPool, PageBuffer, Permit, lock};
+use crate::page::{PAGE_SIZE, PageExtent, PagesOffset, page_ceil};
+use crate::save::error::SaveError;
+use crate::sys::mapping::FileMapping;
+
+/// Memory that holds pages to be written, kept until they are.
+#[derive(Clone, Debug)]
+pub(crate) enum PageMemory {
+    /// A part of a source file, with the mapped bytes it takes out of the budget.
+    Mapped(Arc<(FileMapping, Permit)>),
+    /// A buffer.
+    Buffered(Arc<PageBuffer>),
+}
+
+impl PageMemory {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(mapped) => mapped.0.bytes(),
+            Self::Buffered(buffer) => buffer,
+        }
+    }
+}
+
+/// Whole pages to be written: a piece of some memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    pub(crate) memory: PageMemory,
+    pub(crate) start: usize,
+    pub(crate) length: usize,
+}
+
+impl Segment {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.memory.bytes()[self.start..self.start + self.length]
+    }
+}
+
+/// The order of appending; see the module.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    state: Mutex<TailState>,
+    gather_buffers: Arc<BufferPool>,
+}
+
+#[derive(Debug)]
+struct TailState {
+    /// Where the next page goes.
+    next: u64,
+    gather: Option<PageBuffer>,
+    /// Bytes in `gather`.
+    gathered: usize,
+    /// `None` once the save is finished.
+    writer: Option<Sender<Vec<Segment>>>,
+}
+
+impl Tail {
+    pub(crate) fn new(gather_buffers: Arc<BufferPool>, writer: Sender<Vec<Segment>>) -> Self {
+        let state = TailState { next: 0, gather: None, gathered: 0, writer: Some(writer) };
+        Self { state: Mutex::new(state), gather_buffers }
+    }
+
+    /// Appends copies of `pieces`, each with its offset in its file. A piece's last page is filled up with zeros.
+    pub(crate) fn append_copies<'a>(
+        &self,
+        pieces: impl Iterator<Item = (u64, &'a [u8])>,
+        extents: &mut Vec<PageExtent>,
+    ) -> Result<(), SaveError> {
+        let mut state = lock(&self.state);
+        for (file_offset, piece) in pieces {
+            let pages_offset = PagesOffset(state.next);
+            state.copy(piece, &self.gather_buffers)?;
+            push_extent(extents, PageExtent { file_offset, length: piece.len() as u64, pages_offset });
+        }
+        Ok(())
+    }
+
+    /// Appends whole pages by reference, each piece with its offset in its file.
+    pub(crate) fn append_segments(&self, pieces: Vec<(u64, Segment)>, extents: &mut Vec<PageExtent>) {
+        let mut state = lock(&self.state);
+        state.send_gathered();
+        let segments = pieces
+            .into_iter()
+            .map(|(file_offset, segment)| {
+                debug_assert!(segment.length.is_multiple_of(PAGE_SIZE as usize));
+                let length = segment.length as u64;
+                push_extent(
+                    extents,
+                    PageExtent { file_offset, length, pages_offset: PagesOffset(state.next) },
+                );
+                state.next += length;
+                segment
+            })
+            .collect();
+        state.send(segments);
+    }
+
+    /// Hands over what is gathered and tells the writer that this was all. Returns the pages file's length.
+    pub(crate) fn close(&self) -> u64 {
+        let mut state = lock(&self.state);
+        state.send_gathered();
+        state.writer = None;
+        state.next
+    }
+}
+
+impl TailState {
+    fn copy(&mut self, mut piece: &[u8], buffers: &Arc<BufferPool>) -> Result<(), SaveError> {
+        while !piece.is_empty() {
+            let gather = match &mut self.gather {
+                Some(gather) => gather,
+                empty => empty.insert(buffers.take().map_err(|source| SaveError::Buffer {
+                    length: buffers.length(),
+                    source: Arc::new(source),
+                })?),
+            };
+            let room = &mut gather[self.gathered..];
+            let (copied, rest) = piece.split_at(piece.len().min(room.len()));
+            // Only the last part of a piece isn't made of whole pages.
+            let padded = copied.len().next_multiple_of(PAGE_SIZE as usize);
+            room[..copied.len()].copy_from_slice(copied);
+            room[copied.len()..padded].fill(0);
+            self.gathered += padded;
+            self.next += padded as u64;
+            piece = rest;
+            if self.gathered == buffers.length() {
+                self.send_gathered();
+            }
+        }
+        Ok(())
+    }
+
+    fn send_gathered(&mut self) {
+        if let Some(gather) = self.gather.take() {
+            let length = std::mem::take(&mut self.gathered);
+            self.send(vec![Segment { memory: PageMemory::Buffered(Arc::new(gather)), start: 0, length }]);
+        }
+    }
+
+    fn send(&self, segments: Vec<Segment>) {
+        let writer = self.writer.as_ref().expect("nothing is appended to a finished pages file");
+        // The writer takes segments, if only to drop them, until it is told that there are no more. It can't be gone
+        // unless it panicked, which `finish` passes on.
+        if let Err(SendError(segments)) = writer.send(segments) {
+            drop(segments);
+        }
+    }
+}
+
+/// Adds an extent, merged with the last one if it continues it both in the file and in the pages file.
+pub(crate) fn push_extent(extents: &mut Vec<PageExtent>, extent: PageExtent) {
+    if let Some(last) = extents.last_mut()
+        && last.file_offset + last.length == extent.file_offset
+        && page_ceil(last.length).is_some_and(|length| last.pages_offset.0 + length == extent.pages_offset.0)
+    {
+        last.length += extent.length;
+        return;
+    }
+    extents.push(extent);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::channel;
+
+    fn extent(file_offset: u64, length: u64, pages_offset: u64) -> PageExtent {
+        PageExtent { file_offset, length, pages_offset: PagesOffset(pages_offset) }
+    }
+
+    #[test]
+    fn extents_merge_only_when_contiguous_in_both_files() {
+        let mut extents = vec![];
+        for (next, count) in [
+            (extent(0, 4096, 0), 1),
+            (extent(4096, 4096, 4096), 1),
+            (extent(12288, 4096, 8192), 2),
+            (extent(16384, 4096, 16384), 3),
+            (extent(20480, 100, 20480), 3),
+        ] {
+            push_extent(&mut extents, next);
+            assert_eq!(extents.len(), count, "{extents:?}");
+        }
+        assert_eq!(extents, [extent(0, 8192, 0), extent(12288, 4096, 8192), extent(16384, 4196, 16384)]);
+    }
+
+    #[test]
+    fn order_of_sending_is_order_of_offsets() {
+        let (sender, receiver) = channel();
+        let tail = Tail::new(BufferPool::new(8192, 8), sender);
+        let buffer = BufferPool::new(8192, 1).take().unwrap();
+        let memory = PageMemory::Buffered(Arc::new(buffer));
+        let mut extents = vec![];
+        tail.append_copies([(0, &[1u8; 5000][..]), (16384, &[2; 4096])].into_iter(), &mut extents).unwrap();
+        tail.append_segments(vec![(0, Segment { memory, start: 4096, length: 4096 })], &mut extents);
+        tail.append_copies([(0, &[3u8; 1][..])].into_iter(), &mut extents).unwrap();
+        assert_eq!(tail.close(), 5 * 4096);
+        let lengths: Vec<usize> = receiver.iter().flatten().map(|segment| segment.length).collect();
+        assert_eq!(lengths, [8192, 4096, 4096, 4096]);
+        assert_eq!(
+            extents,
+            [extent(0, 5000, 0), extent(16384, 4096, 8192), extent(0, 4096, 12288), extent(0, 1, 16384)]
+        );
+    }
+}

@@ -1,0 +1,6 @@
+//! The unsafe operations: mapping files, and the io_uring.
+//!
+//! Two rules carry the safety. A mapping is owned by who reads it and unmapped when the last owner drops it; and a
+//! write that the kernel has been given owns the memory it writes until its completion has been taken.
+
+pub(crate) mod mapping;

@@ -1,0 +1,376 @@
+//! Files are saved and loaded as they were, whatever they and their pages file lie on.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+use proptest::prelude::*;
+use stillframe_pgalloc::{
+    AsyncPagesFileLoad, AsyncPagesFileSave, DigestTable, Direct, FileRange, LoadOptions, LoadTarget,
+    MemoryFile, PAGE_SIZE, PageExtent, PagesFileSummary, PagesMeta, SaveOptions, validate_extents,
+};
+
+/// A directory on tmpfs, and one on a disk (where the tests are run from a checkout on one).
+const MEMORY: &str = "/dev/shm";
+const DISK: &str = env!("CARGO_TARGET_TMPDIR");
+
+/// Where pages files are written, and how.
+const DESTINATIONS: [(&str, Direct); 5] = [
+    (MEMORY, Direct::Auto),
+    (MEMORY, Direct::Never),
+    (DISK, Direct::Auto),
+    (DISK, Direct::Always),
+    (DISK, Direct::Never),
+];
+
+fn file_in(directory: &str) -> Arc<File> {
+    Arc::new(tempfile::tempfile_in(directory).unwrap())
+}
+
+fn whole(file: &File) -> FileRange {
+    FileRange::new(0, file.metadata().unwrap().len()).unwrap()
+}
+
+/// Bytes that differ from page to page and file to file, never a zero.
+fn bytes(seed: usize, length: usize) -> Vec<u8> {
+    (0..length).map(|index| ((index / 4096 * 7 + index * 31 + seed * 13) % 251) as u8 + 1).collect()
+}
+
+struct Saved {
+    pages: File,
+    summary: PagesFileSummary,
+    files: Vec<(u64, Vec<PageExtent>)>,
+}
+
+fn save(sources: &[Arc<File>], directory: &str, direct: Direct) -> Saved {
+    let pages = tempfile::tempfile_in(directory).unwrap();
+    let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions { direct }).unwrap();
+    let main = save.register_memory_file(&MemoryFile::main()).unwrap();
+    let files = sources.iter().map(|source| {
+        let range = whole(source);
+        (range.end(), main.write_range(source, range).unwrap())
+    });
+    let files = files.collect();
+    let summary = save.finish().unwrap();
+    Saved { pages, summary, files }
+}
+
+impl Saved {
+    fn digests(&self) -> DigestTable {
+        self.summary.digests.clone()
+    }
+
+    /// What every image must keep to.
+    fn check(&self) {
+        let length = self.summary.length;
+        let metadata = self.pages.metadata().unwrap();
+        assert_eq!(metadata.len(), length);
+        assert!(metadata.blocks() * 512 >= length, "the pages file is sparse");
+        let mut pages = 0;
+        for (size, extents) in &self.files {
+            validate_extents(extents, *size, length).unwrap();
+            pages += extents.iter().map(|extent| extent.length.div_ceil(PAGE_SIZE)).sum::<u64>();
+        }
+        assert_eq!(pages * PAGE_SIZE, length);
+    }
+
+    fn load(&self) -> Vec<Arc<File>> {
+        let pages = self.pages.try_clone().unwrap();
+        let load = AsyncPagesFileLoad::new(pages, self.digests(), LoadOptions::default()).unwrap();
+        let loaded = Arc::new(AtomicUsize::new(0));
+        let (files, targets): (Vec<_>, Vec<_>) = self
+            .files
+            .iter()
+            .map(|(size, extents)| {
+                let file = file_in(MEMORY);
+                let (loaded, size) = (loaded.clone(), *size);
+                let on_loaded: stillframe_pgalloc::OnLoaded = Box::new(move |file| {
+                    loaded.fetch_add(1, Ordering::SeqCst);
+                    file.set_len(size)
+                });
+                let target =
+                    LoadTarget { file: file.clone(), extents: extents.clone(), on_loaded: Some(on_loaded) };
+                (file, target)
+            })
+            .unzip();
+        load.load_ranges_into(targets).unwrap();
+        let summary = load.finish().unwrap();
+        assert_eq!(summary.files as usize, self.files.len());
+        assert_eq!(loaded.load(Ordering::SeqCst), self.files.len());
+        assert_eq!(summary.bytes, self.summary.data_bytes);
+        files
+    }
+}
+
+/// A file as its pages that have data, its size, and its pages that are there but zero.
+#[derive(Clone, Debug)]
+struct Model {
+    /// Runs of pages: first page, pages, and whether they have data (else they are written zeros).
+    runs: Vec<(u64, u64, bool)>,
+    /// Bytes cut off the last page.
+    cut: u64,
+    /// Pages of hole at the end.
+    hole: u64,
+}
+
+impl Model {
+    fn pages(&self) -> BTreeMap<u64, bool> {
+        let runs = self
+            .runs
+            .iter()
+            .flat_map(|&(first, count, data)| (first..first + count).map(move |page| (page, data)));
+        runs.collect()
+    }
+
+    fn size(&self) -> u64 {
+        let pages = self.pages().last_key_value().map_or(0, |(page, _)| page + 1) + self.hole;
+        (pages * PAGE_SIZE).saturating_sub(self.cut)
+    }
+
+    fn page(&self, seed: usize, page: u64) -> Vec<u8> {
+        bytes(seed + page as usize, (self.size() - page * PAGE_SIZE).min(PAGE_SIZE) as usize)
+    }
+
+    fn create(&self, seed: usize) -> Arc<File> {
+        let file = file_in(MEMORY);
+        file.set_len(self.size()).unwrap();
+        for (page, data) in self.pages() {
+            let mut contents = self.page(seed, page);
+            if !data {
+                contents.fill(0);
+            }
+            file.write_all_at(&contents, page * PAGE_SIZE).unwrap();
+        }
+        file
+    }
+
+    /// Looks at all pages with data, their neighbours and the written zeros.
+    fn check(&self, seed: usize, file: &File) {
+        assert_eq!(file.metadata().unwrap().len(), self.size());
+        let pages = self.pages();
+        let data = pages.values().filter(|data| **data).count() as u64;
+        assert_eq!(file.metadata().unwrap().blocks() * 512, data * PAGE_SIZE, "zero pages take memory");
+        for (&page, &data) in &pages {
+            let mut expected = self.page(seed, page);
+            if !data {
+                expected.fill(0);
+            }
+            let mut found = vec![0xee; expected.len()];
+            file.read_exact_at(&mut found, page * PAGE_SIZE).unwrap();
+            assert!(found == expected, "page {page}");
+        }
+    }
+}
+
+fn model() -> impl Strategy<Value = Model> {
+    // Short runs, and some that are long enough to be mapped; near the start, and anywhere in a huge sparse file.
+    let first = prop_oneof![4 => 0u64..64, 1 => 0u64..4096, 1 => 0u64..1 << 40];
+    let count = prop_oneof![4 => 1u64..20, 1 => 30u64..300, 1 => 1000u64..1100];
+    let run = (first, count, prop::bool::weighted(0.75));
+    (prop::collection::vec(run, 0..5), 0..PAGE_SIZE, prop_oneof![3 => Just(0u64), 1 => 0u64..1 << 20])
+        .prop_map(|(runs, cut, hole)| Model { runs, cut, hole })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn files_come_back_as_they_were(models in prop::collection::vec(model(), 1..8), destination in 0..DESTINATIONS.len()) {
+        let (directory, direct) = DESTINATIONS[destination];
+        let sources: Vec<_> = models.iter().enumerate().map(|(seed, model)| model.create(seed * 1000)).collect();
+        let blocks = || sources.iter().map(|source| source.metadata().unwrap().blocks()).collect::<Vec<_>>();
+        let before = blocks();
+        let saved = save(&sources, directory, direct);
+        prop_assert_eq!(before, blocks(), "saving has made pages in holes");
+        saved.check();
+        for (seed, (model, file)) in models.iter().zip(saved.load()).enumerate() {
+            model.check(seed * 1000, &file);
+        }
+    }
+}
+
+#[test]
+fn the_last_page_of_the_largest_file() {
+    let source = file_in(MEMORY);
+    let size = i64::MAX as u64;
+    if let Err(error) = source.set_len(size) {
+        println!("SKIPPED: the_last_page_of_the_largest_file: no such file here: {error}");
+        return;
+    }
+    for (data, pages) in [(3, 1), (3 + 4096, 2), (200 * 4096, 201)] {
+        let contents = bytes(5, data);
+        source.write_all_at(&contents, size - data as u64).unwrap();
+        let saved = save(std::slice::from_ref(&source), MEMORY, Direct::Auto);
+        saved.check();
+        assert_eq!(saved.summary.length, pages * PAGE_SIZE);
+        let mut end = vec![0; data];
+        saved.load()[0].read_exact_at(&mut end, size - data as u64).unwrap();
+        assert!(end == contents);
+    }
+}
+
+#[test]
+fn what_a_mapping_put_behind_the_end_of_a_file_is_not_saved() {
+    let source = file_in(MEMORY);
+    let size = 200 * PAGE_SIZE + 10;
+    source.write_all_at(&bytes(1, size as usize), 0).unwrap();
+    // On tmpfs, bytes that were once in the file's last page stay there; make them visible to a mapping.
+    source.set_len(201 * PAGE_SIZE).unwrap();
+    source.write_all_at(&[0xff; 100], size).unwrap();
+    source.set_len(size).unwrap();
+    let saved = save(&[source], MEMORY, Direct::Auto);
+    let mut page = [0; PAGE_SIZE as usize];
+    saved.pages.read_exact_at(&mut page, 200 * PAGE_SIZE).unwrap();
+    assert!(page[10..].iter().all(|&byte| byte == 0), "bytes behind the end of the file were saved");
+    assert_eq!(page[..10], bytes(1, size as usize)[200 * PAGE_SIZE as usize..]);
+}
+
+#[test]
+fn zeros_are_found_and_holes_stay() {
+    let source = file_in(MEMORY);
+    source.write_all_at(&vec![0; 32 << 20], 0).unwrap();
+    source.set_len(1 << 40).unwrap();
+    let saved = save(&[source], MEMORY, Direct::Auto);
+    saved.check();
+    assert_eq!((saved.summary.length, saved.summary.zero_bytes, saved.summary.data_bytes), (0, 32 << 20, 0));
+    assert_eq!(saved.load()[0].metadata().unwrap().blocks(), 0);
+}
+
+#[test]
+fn alternating_pages_more_than_fit_in_flight() {
+    // 96 MiB of windows that each keep a page or two alive until written, with budgets of 64 MiB mapped.
+    let source = file_in(MEMORY);
+    source.write_all_at(&vec![0; 96 << 20], 0).unwrap();
+    for index in 0..24 {
+        // More than is copied, scattered.
+        for page in 0..40 {
+            let offset = index * (4 << 20) + page * 24 * PAGE_SIZE;
+            source.write_all_at(&bytes(page as usize, 4096), offset).unwrap();
+        }
+    }
+    for (directory, direct) in [(DISK, Direct::Auto), (MEMORY, Direct::Never)] {
+        let saved = save(std::slice::from_ref(&source), directory, direct);
+        saved.check();
+        assert_eq!(saved.summary.data_bytes, 24 * 40 * PAGE_SIZE);
+        assert_same(&source, &saved.load()[0]);
+    }
+}
+
+fn assert_same(one: &File, other: &File) {
+    let size = one.metadata().unwrap().len();
+    assert_eq!(size, other.metadata().unwrap().len());
+    let (mut left, mut right) = (vec![0; 1 << 20], vec![1; 1 << 20]);
+    for offset in (0..size).step_by(1 << 20) {
+        let length = (size - offset).min(1 << 20) as usize;
+        one.read_exact_at(&mut left[..length], offset).unwrap();
+        other.read_exact_at(&mut right[..length], offset).unwrap();
+        assert!(left[..length] == right[..length], "differs in the MiB at {offset:#x}");
+    }
+}
+
+#[test]
+fn two_producers_at_once() {
+    for (directory, direct) in DESTINATIONS {
+        let sources: Vec<_> = (0..300usize)
+            .map(|index| {
+                let file = file_in(MEMORY);
+                let length = if index % 50 == 7 { 3_000_000 + index } else { index * 37 };
+                file.write_all_at(&bytes(index, length), 0).unwrap();
+                file
+            })
+            .collect();
+        let pages = tempfile::tempfile_in(directory).unwrap();
+        let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions { direct }).unwrap();
+        let main = save.register_memory_file(&MemoryFile::main()).unwrap();
+        let run = |parity: usize| {
+            let files = sources.iter().enumerate().filter(|(index, _)| index % 2 == parity);
+            files
+                .map(|(index, source)| {
+                    let range = whole(source);
+                    let extents = match index % 3 {
+                        0 => main.write_live_range(source, range),
+                        _ => main.write_range(source, range),
+                    };
+                    (index, (range.end(), extents.unwrap()))
+                })
+                .collect::<Vec<_>>()
+        };
+        let mut files = thread::scope(|scope| {
+            let other = scope.spawn(|| run(1));
+            let mut files = run(0);
+            files.extend(other.join().unwrap());
+            files
+        });
+        files.sort_by_key(|(index, _)| *index);
+        let summary = save.finish().unwrap();
+        let saved = Saved { pages, summary, files: files.into_iter().map(|(_, file)| file).collect() };
+        saved.check();
+        for (source, loaded) in sources.iter().zip(saved.load()) {
+            assert_same(source, &loaded);
+        }
+    }
+}
+
+#[test]
+fn a_private_memory_file_is_saved_and_loaded_verbatim() {
+    let host = tempfile::tempfile_in(DISK).unwrap();
+    host.write_all_at(&bytes(3, 5_000_000), 1 << 30).unwrap();
+    host.write_all_at(&bytes(4, 10), 0).unwrap();
+    host.set_len((5 << 30) + 123).unwrap();
+    let pages = tempfile::tempfile_in(DISK).unwrap();
+    let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions::default()).unwrap();
+    let meta = MemoryFile::private(host.try_clone().unwrap()).save_to(&save).unwrap();
+    let summary = save.finish().unwrap();
+    let meta = PagesMeta { pages_length: summary.length, digests: summary.digests, private: vec![meta] };
+    let meta = PagesMeta::decode(&meta.encode()).unwrap();
+
+    let target = tempfile::tempfile_in(DISK).unwrap();
+    target.write_all_at(&bytes(9, 10_000), 777).unwrap();
+    let load = AsyncPagesFileLoad::new(pages, meta.digests, LoadOptions::default()).unwrap();
+    MemoryFile::private(target.try_clone().unwrap()).load_from(&load, &meta.private[0]).unwrap();
+    load.finish().unwrap();
+    assert_eq!(target.metadata().unwrap().len(), (5 << 30) + 123);
+    for (offset, length) in [(0, 20_000), (1 << 30, 5_100_000), (5 << 30, 123)] {
+        let (mut left, mut right) = (vec![0; length], vec![1; length]);
+        host.read_exact_at(&mut left, offset).unwrap();
+        target.read_exact_at(&mut right, offset).unwrap();
+        assert!(left == right, "differs behind {offset:#x}");
+    }
+    assert!(target.metadata().unwrap().blocks() * 512 < 8 << 20, "holes were filled");
+}
+
+#[test]
+fn a_live_file_is_saved_with_what_was_read() {
+    const SIZE: u64 = 8 << 20;
+    let range = FileRange::new(0, SIZE).unwrap();
+    let source = file_in(MEMORY);
+    source.write_all_at(&bytes(0, SIZE as usize), 0).unwrap();
+    let (stop, stopped) = mpsc::channel::<()>();
+    let writer = thread::spawn({
+        let source = source.clone();
+        move || {
+            let mut round = 0;
+            while let Err(mpsc::TryRecvError::Empty) = stopped.try_recv() {
+                round += 1;
+                source.write_all_at(&bytes(round, 300_000), (round as u64 * 70_001) % SIZE).unwrap();
+                source.set_len((round as u64 * 1_234_567) % SIZE).unwrap();
+                source.set_len(SIZE).unwrap();
+            }
+        }
+    });
+    for (directory, direct) in DESTINATIONS {
+        let pages = tempfile::tempfile_in(directory).unwrap();
+        let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions { direct }).unwrap();
+        let main = save.register_memory_file(&MemoryFile::main()).unwrap();
+        let files = (0..20).map(|_| (SIZE, main.write_live_range(&source, range).unwrap())).collect();
+        let summary = save.finish().unwrap();
+        // Whatever it was, it is what the digests say.
+        let saved = Saved { pages, summary, files };
+        saved.check();
+        saved.load();
+    }
+    drop(stop);
+    writer.join().unwrap();
+}
