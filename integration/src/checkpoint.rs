@@ -63,7 +63,10 @@ pub enum LookError {
 }
 
 /// The media type of the blob with what the shim wrote.
-const TASK_DATA: &str = "application/vnd.containerd.container.criu.checkpoint.criu.tar";
+pub const TASK_DATA: &str = "application/vnd.containerd.container.criu.checkpoint.criu.tar";
+
+/// The media type of the blob with the container's spec.
+pub const SPEC: &str = "application/vnd.containerd.container.checkpoint.config.v1+proto";
 
 impl Containerd {
     /// What the shim says of the last checkpoint of a container that is alone in its sandbox.
@@ -82,25 +85,38 @@ impl Containerd {
 
     /// Unpacks what the shim wrote out of a checkpoint image into the directory `into`, which is made.
     pub fn unpack_checkpoint(&self, name: &str, into: &Path) -> Result<(), LookError> {
-        let missing =
-            |part, index: &str| LookError::Missing { name: name.to_owned(), part, index: index.to_owned() };
+        let (text, index) = self.checkpoint_index(name)?;
+        let parts = index["manifests"].as_array().into_iter().flatten();
+        let digest =
+            parts.filter(|part| part["mediaType"] == TASK_DATA).find_map(|part| part["digest"].as_str());
+        let missing = || LookError::Missing { name: name.to_owned(), part: "task data", index: text };
+        let path = self.blob(digest.ok_or_else(missing)?);
+        fs::create_dir(into).map_err(io_error(into))?;
+        let file = fs::File::open(&path).map_err(io_error(&path))?;
+        tar::Archive::new(file).unpack(into).map_err(io_error(into))
+    }
+
+    /// The index of an image, as text and parsed.
+    pub fn checkpoint_index(&self, name: &str) -> Result<(String, serde_json::Value), LookError> {
         let images = self.ctr().run(&["images", "list"])?.stdout;
         let line = images.lines().find(|line| line.split_whitespace().next() == Some(name));
         let digest = line.and_then(|line| line.split_whitespace().find(|word| word.starts_with("sha256:")));
-        let digest = digest.ok_or_else(|| missing("digest", &images))?;
-        let index = self.ctr().run(&["content", "get", digest])?.stdout;
-        let parsed: serde_json::Value = serde_json::from_str(&index)
+        let missing = || LookError::Missing { name: name.to_owned(), part: "digest", index: images.clone() };
+        let index = self.ctr().run(&["content", "get", digest.ok_or_else(missing)?])?.stdout;
+        let parsed = serde_json::from_str(&index)
             .map_err(|source| LookError::Json { what: format!("the index of {name}"), source })?;
-        let manifests = parsed["manifests"].as_array().cloned().unwrap_or_default();
-        let blob = manifests.iter().find(|part| part["mediaType"] == TASK_DATA);
-        let blob =
-            blob.and_then(|part| part["digest"].as_str()).ok_or_else(|| missing("task data", &index))?;
-        let io = |source| LookError::Io { path: into.to_owned(), source };
-        fs::create_dir(into).map_err(io)?;
-        // Straight from the content store: it's ours, and `ctr content get` would have to go through memory.
-        let hex = blob.trim_start_matches("sha256:");
-        let path = self.dir().join("root/io.containerd.content.v1.content/blobs/sha256").join(hex);
-        let file = fs::File::open(&path).map_err(|source| LookError::Io { path, source })?;
-        tar::Archive::new(file).unpack(into).map_err(io)
+        Ok((index, parsed))
     }
+
+    /// Where the content store keeps a blob. It is ours; `ctr content get` would go through memory.
+    pub fn blob(&self, digest: &str) -> PathBuf {
+        let hex = digest.trim_start_matches("sha256:");
+        self.dir().join("root/io.containerd.content.v1.content/blobs/sha256").join(hex)
+    }
+}
+
+/// An error of this path.
+pub fn io_error(path: &Path) -> impl FnOnce(io::Error) -> LookError {
+    let path = path.to_owned();
+    move |source| LookError::Io { path, source }
 }

@@ -7,6 +7,7 @@
 //! Knows containerd, runc and Linux from outside only: nothing here links Stillframe's own crates, so
 //! what these tests prove is proved of the programs that get installed.
 
+pub mod alter;
 pub mod binaries;
 pub mod checkpoint;
 pub mod container;

@@ -1,0 +1,217 @@
+//! Bad input, on the ways it really comes in: an error names the thing, the running container is untouched,
+//! and nothing is left that could be taken for a checkpoint.
+
+use std::fs;
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount};
+use stillframe_integration::alter::{self, Alterations};
+use stillframe_integration::{Background, Container, Containerd, CtrError, Listing, RUNC, compare};
+
+const GOOD: &str = "stillframe.test/checkpoint:good";
+const BAD: &str = "stillframe.test/checkpoint:bad";
+const FILES: [&str; 4] = ["manifest.json", "tree.tar", "pages.meta", "pages.img"];
+
+fn filled<'a>(containerd: &'a Containerd, name: &str) -> (Container<'a>, Listing) {
+    let container = containerd.container(name).tmpfs("/scratch", "size=64m").start().unwrap();
+    let line =
+        "head -c 8000000 /dev/urandom > /scratch/data; mkdir /scratch/d; echo small > /scratch/d/small";
+    container.shell(line).unwrap();
+    let listing = container.list("/scratch").unwrap();
+    (container, listing)
+}
+
+fn save(containerd: &Containerd, dir: &Path, more: &[&str], id: &str) -> Result<(), CtrError> {
+    let dir = dir.to_string_lossy();
+    let words =
+        ["fscheckpoint", "--namespace", containerd.namespace(), "--image-path", &dir, "--leave-running"];
+    containerd.stillframe(&[&words[..], more, &[id]].concat()).map(|_| ())
+}
+
+/// Runs, isn't frozen, has what it had.
+#[track_caller]
+fn untouched(container: &Container<'_>, before: &Listing) {
+    assert_eq!(container.status().unwrap().as_deref(), Some("RUNNING"));
+    assert_eq!(compare(before, &container.list("/scratch").unwrap()), []);
+}
+
+#[track_caller]
+fn names(error: &CtrError, words: &[&str]) {
+    for word in words {
+        assert!(error.stderr.contains(word), "no {word:?} in: {error}");
+    }
+    assert!(!error.stderr.contains("panicked"), "{error}");
+}
+
+#[track_caller]
+fn nothing_left(containerd: &Containerd) {
+    let residue = containerd.settled_residue();
+    assert!(residue.is_empty(), "left behind:\n{residue}");
+}
+
+#[test]
+fn where_the_image_can_not_go() {
+    let containerd = Containerd::start().unwrap();
+    let (container, before) = filled(&containerd, "c");
+    let dir = |name: &str| containerd.dir().join(name);
+
+    let full = dir("not-empty");
+    fs::create_dir(&full).unwrap();
+    fs::write(full.join("something"), "precious").unwrap();
+    let error = save(&containerd, &full, &[], container.id()).unwrap_err();
+    names(&error, &[&full.to_string_lossy(), "empty", "something"]);
+    assert_eq!(fs::read_to_string(full.join("something")).unwrap(), "precious");
+    assert_eq!(fs::read_dir(&full).unwrap().count(), 1);
+    untouched(&container, &before);
+
+    let file = dir("a-file");
+    fs::write(&file, "precious").unwrap();
+    let error = save(&containerd, &file, &[], container.id()).unwrap_err();
+    names(&error, &[&file.to_string_lossy()]);
+    assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+
+    let read_only = dir("read-only");
+    fs::create_dir(&read_only).unwrap();
+    let none = None::<&str>;
+    mount(Some("tmpfs"), &read_only, Some("tmpfs"), MsFlags::MS_RDONLY, none).unwrap();
+    for target in [read_only.clone(), read_only.join("below")] {
+        let error = save(&containerd, &target, &[], container.id()).unwrap_err();
+        names(&error, &[&target.to_string_lossy(), "Read-only"]);
+        untouched(&container, &before);
+    }
+
+    let small = dir("small");
+    fs::create_dir(&small).unwrap();
+    mount(Some("tmpfs"), &small, Some("tmpfs"), MsFlags::empty(), Some("size=2m")).unwrap();
+    let target = small.join("image");
+    let error = save(&containerd, &target, &[], container.id()).unwrap_err();
+    names(&error, &[&target.to_string_lossy(), "No space left"]);
+    assert!(!target.join("manifest.json").exists());
+    let error = containerd.stillframe(&["inspect", &target.to_string_lossy()]).unwrap_err();
+    names(&error, &[&target.to_string_lossy()]);
+    untouched(&container, &before);
+
+    // After all that it still works.
+    save(&containerd, &dir("good/deep"), &[], container.id()).unwrap();
+    containerd.stillframe(&["inspect", &dir("good/deep").to_string_lossy()]).unwrap();
+    untouched(&container, &before);
+    container.remove().unwrap();
+    nothing_left(&containerd);
+}
+
+#[test]
+fn what_can_not_be_saved() {
+    let containerd = Containerd::start().unwrap();
+    let (container, before) = filled(&containerd, "c");
+    let dir = containerd.dir().join("image");
+    let error = save(&containerd, &dir, &["--path", "/nowhere"], container.id()).unwrap_err();
+    names(&error, &["/nowhere", "/scratch", "/dev/shm"]);
+    assert!(!dir.join("manifest.json").exists());
+    let error = save(&containerd, &dir, &["--path", "someone-else:/scratch"], container.id()).unwrap_err();
+    names(&error, &["someone-else:/scratch"]);
+    let error = save(&containerd, &dir, &[], "no-such-container").unwrap_err();
+    names(&error, &["no-such-container", containerd.namespace()]);
+    let theirs = containerd.container("theirs").runtime(RUNC).start().unwrap();
+    let error = save(&containerd, &dir, &[], theirs.id()).unwrap_err();
+    names(&error, &[theirs.id()]);
+    theirs.remove().unwrap();
+    untouched(&container, &before);
+
+    // Two filesystems with one ResourceID.
+    let twice = containerd.container("twice").tmpfs("/t", "size=1m").tmpfs("/t", "size=2m").start().unwrap();
+    let error = save(&containerd, &dir, &[], twice.id()).unwrap_err();
+    names(&error, &["/t", "two"]);
+    assert_eq!(twice.status().unwrap().as_deref(), Some("RUNNING"));
+    twice.exec(&["true"]).unwrap();
+    let error = containerd.checkpoint(twice.id(), GOOD).unwrap_err();
+    names(&error, &["/t"]);
+    assert_eq!(twice.status().unwrap().as_deref(), Some("RUNNING"));
+    twice.exec(&["true"]).unwrap();
+    twice.remove().unwrap();
+
+    let stopped =
+        containerd.container("stopped").tmpfs("/scratch", "size=1m").arguments(&["true"]).start().unwrap();
+    stopped.await_status("STOPPED").unwrap();
+    let error = save(&containerd, &dir, &[], stopped.id()).unwrap_err();
+    names(&error, &[stopped.id()]);
+    stopped.remove().unwrap();
+    assert!(!dir.join("manifest.json").exists());
+    container.remove().unwrap();
+    nothing_left(&containerd);
+}
+
+/// Restores and has to fail; then nothing may be left.
+#[track_caller]
+fn refused(containerd: &Containerd, image: &str) -> CtrError {
+    let id = containerd.id("refused");
+    let mut command = containerd.ctr().command(&["containers", "restore", "--live", &id, image]);
+    let mut running = Background::start(&mut command).unwrap();
+    let error = running.expect_line("ready", |line| line == "ready").err();
+    let error = error.unwrap_or_else(|| panic!("{image} was restored"));
+    drop(running);
+    // `ctr` leaves the container's record behind when its task can't be made.
+    if containerd.ctr().run(&["containers", "info", &id]).is_ok() {
+        containerd.ctr().run(&["containers", "delete", &id]).unwrap();
+    }
+    nothing_left(containerd);
+    error
+}
+
+#[test]
+fn images_that_can_not_be_restored() {
+    let containerd = Containerd::start().unwrap();
+    let (container, before) = filled(&containerd, "c");
+    containerd.checkpoint(container.id(), GOOD).unwrap();
+    container.remove().unwrap();
+    type Change = Box<dyn Fn(&Path)>;
+    let mut bad: Vec<(Vec<&str>, Change)> = Vec::new();
+    for name in FILES {
+        bad.push((vec![name], Box::new(move |dir| fs::remove_file(dir.join(name)).unwrap())));
+        bad.push((vec![name], Box::new(move |dir| alter::truncate(&dir.join(name)))));
+        bad.push((vec![name], Box::new(move |dir| alter::flip(&dir.join(name)))));
+        bad.push((vec![name], Box::new(move |dir| fs::write(dir.join(name), "").unwrap())));
+        bad.push((
+            vec![name],
+            Box::new(move |dir| {
+                fs::remove_file(dir.join(name)).unwrap();
+                std::os::unix::fs::symlink("/etc/passwd", dir.join(name)).unwrap();
+            }),
+        ));
+    }
+    for name in ["tree.tar", "pages.img"] {
+        bad.push((vec![name, "offset"], Box::new(move |dir| alter::flip(&dir.join(name)))));
+    }
+    bad.push((
+        vec!["version", "7"],
+        Box::new(|dir| alter::replace_text(&dir.join(FILES[0]), "\"version\":1", "\"version\":7")),
+    ));
+    for (index, (words, change)) in bad.iter().enumerate() {
+        let alterations = Alterations { files: Some(&**change), spec: None };
+        containerd.alter_checkpoint(GOOD, BAD, &alterations).unwrap();
+        let error = refused(&containerd, BAD);
+        println!("{index}: {}", error.stderr.trim());
+        names(&error, words);
+        containerd.ctr().run(&["images", "remove", "--sync", BAD]).unwrap();
+    }
+    // The alteration itself isn't what is refused.
+    containerd.alter_checkpoint(GOOD, BAD, &Alterations { files: Some(&|_| ()), spec: None }).unwrap();
+    let (container, running) = Container::restore(&containerd, "r", BAD).unwrap();
+    assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
+    container.remove().unwrap();
+    drop(running);
+    nothing_left(&containerd);
+}
+
+#[test]
+fn a_tree_larger_than_the_new_mount_is_refused() {
+    let containerd = Containerd::start().unwrap();
+    let (container, _) = filled(&containerd, "c");
+    containerd.checkpoint(container.id(), GOOD).unwrap();
+    container.remove().unwrap();
+    containerd
+        .alter_checkpoint(GOOD, BAD, &Alterations { files: None, spec: Some(("size=64m", "size=04m")) })
+        .unwrap();
+    let error = refused(&containerd, BAD);
+    names(&error, &["/scratch"]);
+    assert!(error.stderr.contains("size") || error.stderr.contains("space"), "{error}");
+}
