@@ -307,3 +307,7 @@ fn decode_xattrs(records: &[(&[u8], &[u8])]) -> Result<Vec<Xattr>, TreeFault> {
     }
     Ok(xattrs)
 }
+
+#[cfg(test)]
+#[path = "decode_tests.rs"]
+mod tests;

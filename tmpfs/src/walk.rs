@@ -1,4 +1,5 @@
-//! Walking a filesystem: each directory before what is in it, depth first, by descriptor.
+//! Walking a filesystem: each directory before what is in it, depth first, by descriptor, the names of
+//! a directory in the order in which they were made.
 //!
 //! Names are never resolved from the root, so a path may be longer than PATH_MAX, and symbolic links
 //! are never followed. At most [`OPEN_DIRECTORIES`] directories are open, however deep the tree is: one
@@ -110,6 +111,9 @@ impl<'a> Walk<'a> {
                 names.push(name.to_vec());
             }
         }
+        // tmpfs lists the newest first. Oldest first, a tree that is built in the order of the walk lists
+        // its names in the order that they had.
+        names.reverse();
         let handle = FileHandle::of(dir.as_fd())?;
         let path_len = self.path.len();
         self.stack.push(Frame { dir: Some(dir), handle, names: names.into_iter(), path_len });

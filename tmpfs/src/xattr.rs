@@ -13,6 +13,8 @@ use rustix::fs::{OFlags, XattrFlags};
 use crate::entry::Xattr;
 use crate::id_map::{IdMap, Ids};
 
+/// XATTR_SIZE_MAX and XATTR_LIST_MAX of linux/limits.h.
+const MAX: usize = 65536;
 const ACL_VERSION: u32 = 2;
 const ACL_USER: u16 = 0x02;
 const ACL_GROUP: u16 = 0x08;
@@ -64,12 +66,9 @@ pub(crate) fn open_path(dir: impl AsFd, name: &[u8]) -> io::Result<File> {
 
 /// All xattrs, sorted by name, as the host sees them.
 pub(crate) fn read(inode: &Inode<'_>) -> io::Result<Vec<Xattr>> {
-    let mut small = [0u8; 256];
-    let names = match inode.list(&mut small) {
-        Ok(length) => small[..length].to_vec(),
-        Err(rustix::io::Errno::RANGE) => sized(|buffer| inode.list(buffer))?,
-        Err(rustix::io::Errno::OPNOTSUPP) => Vec::new(),
-        Err(error) => return Err(error.into()),
+    let names = match sized(|buffer| inode.list(buffer)) {
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Vec::new(),
+        other => other?,
     };
     let mut xattrs = Vec::new();
     for name in names.split(|b| *b == 0).filter(|name| !name.is_empty()) {
@@ -88,23 +87,19 @@ pub(crate) fn write(inode: &Inode<'_>, xattrs: &[Xattr]) -> io::Result<()> {
     Ok(())
 }
 
-/// Calls `get` with a buffer that is large enough, however it changes meanwhile.
+/// Calls `get` with a small buffer, and once more with one that holds any list or value there can be.
+/// (Asking for the size with an empty buffer doesn't work through rustix, which answers 0.)
 fn sized(get: impl Fn(&mut [u8]) -> rustix::io::Result<usize>) -> io::Result<Vec<u8>> {
-    loop {
-        let length = get(&mut [])?;
-        // With an empty buffer the kernel only tells the size, so an empty value needs no second call.
-        if length == 0 {
-            return Ok(Vec::new());
+    let mut small = [0; 256];
+    match get(&mut small) {
+        Ok(length) => Ok(small[..length].to_vec()),
+        Err(rustix::io::Errno::RANGE) => {
+            let mut large = vec![0; MAX];
+            let length = get(&mut large)?;
+            large.truncate(length);
+            Ok(large)
         }
-        let mut buffer = vec![0; length];
-        match get(&mut buffer) {
-            Ok(length) => {
-                buffer.truncate(length);
-                return Ok(buffer);
-            }
-            Err(rustix::io::Errno::RANGE) => {}
-            Err(error) => return Err(error.into()),
-        }
+        Err(error) => Err(error.into()),
     }
 }
 

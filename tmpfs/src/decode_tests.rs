@@ -1,0 +1,284 @@
+//! What the encoder writes, the decoder reads; what no encoder writes, it refuses by name and offset.
+
+use proptest::prelude::*;
+use stillframe_pgalloc::{PageExtent, PagesOffset};
+
+use super::*;
+use crate::encode::TreeWriter;
+use crate::entry::Timestamp;
+
+const PAGES: u64 = 1 << 30;
+
+fn encode(tree: &Tree) -> Vec<u8> {
+    let mut writer = TreeWriter::new(Vec::new());
+    let path = |index: usize| tree.path(index).0[1..].to_vec();
+    for (index, entry) in tree.entries.iter().enumerate() {
+        let link = if let Kind::HardLink { target } = entry.kind { path(target) } else { Vec::new() };
+        writer.append(&path(index), &entry.kind, &entry.attributes, &link).unwrap();
+    }
+    writer.finish().unwrap()
+}
+
+fn root() -> Entry {
+    let attributes = Attributes { mode: 0o755, ..Attributes::default() };
+    Entry { parent: 0, name: Vec::new(), kind: Kind::Directory, attributes }
+}
+
+fn child(name: &[u8], kind: Kind) -> Entry {
+    Entry { parent: 0, name: name.to_vec(), kind, attributes: Attributes::default() }
+}
+
+/// The archive of a root directory and one more entry.
+fn archive(entry: Entry) -> Vec<u8> {
+    encode(&Tree { entries: vec![root(), entry] })
+}
+
+fn fault(archive: &[u8]) -> TreeFault {
+    decode_tree(archive, PAGES).unwrap_err().fault
+}
+
+/// Changes the header of the entry whose name field begins with `name`, and mends its checksum.
+fn change(mut archive: Vec<u8>, name: &[u8], change: impl Fn(&mut [u8])) -> Vec<u8> {
+    let at = (0..archive.len()).step_by(512).find(|at| archive[*at..].starts_with(name)).unwrap();
+    let header = &mut archive[at..at + 512];
+    change(header);
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    archive
+}
+
+fn rename(archive: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
+    change(archive, from, |header| {
+        header[..100].fill(0);
+        header[..to.len()].copy_from_slice(to);
+    })
+}
+
+#[test]
+fn names_that_lead_elsewhere_are_refused() {
+    let file = archive(child(b"victim", Kind::Fifo));
+    assert!(decode_tree(&file, PAGES).is_ok());
+    for bad in ["/etc/passwd", "../x", "./../x", "./a/../x", "./a//x", "./.", "./..", "x", ".", "..", ".//x"]
+    {
+        assert!(
+            matches!(fault(&rename(file.clone(), b"./victim", bad.as_bytes())), TreeFault::Name),
+            "{bad}"
+        );
+    }
+    assert!(matches!(fault(&rename(file.clone(), b"./victim", b"./no/x")), TreeFault::Parent));
+    assert!(matches!(fault(&rename(file, b"./victim", b"./")), TreeFault::Duplicate));
+    let long = archive(child(&[b'n'; 256], Kind::Fifo));
+    assert!(matches!(fault(&long), TreeFault::Name));
+    assert!(decode_tree(&archive(child(&[b'n'; 255], Kind::Fifo)), PAGES).is_ok());
+    // A NUL can only come by an extended header; where the header's field has one, the name ends.
+    let nul = archive(child(&[&b"a\0b"[..], &[b'x'; 200]].concat(), Kind::Fifo));
+    assert!(matches!(fault(&nul), TreeFault::Name));
+}
+
+#[test]
+fn a_parent_must_be_a_directory_that_came_before() {
+    for kind in [Kind::Fifo, Kind::Symlink { target: b"/".to_vec() }, Kind::Socket] {
+        let mut entries = vec![root(), child(b"p", kind), child(b"c", Kind::Fifo)];
+        entries[2].parent = 1;
+        assert!(matches!(fault(&encode(&Tree { entries })), TreeFault::Parent));
+    }
+}
+
+#[test]
+fn a_name_exists_once() {
+    let entries = vec![root(), child(b"a", Kind::Fifo), child(b"a", Kind::Directory)];
+    assert!(matches!(fault(&encode(&Tree { entries })), TreeFault::Duplicate));
+}
+
+#[test]
+fn the_first_entry_is_the_root_directory() {
+    for entries in [vec![], vec![child(b"a", Kind::Fifo)]] {
+        let mut writer = TreeWriter::new(Vec::new());
+        for entry in &entries {
+            writer.append(&entry.name, &entry.kind, &entry.attributes, b"").unwrap();
+        }
+        assert!(matches!(fault(&writer.finish().unwrap()), TreeFault::Root));
+    }
+    let file = change(archive(child(b"a", Kind::Fifo)), b"./\0", |header| header[156] = b'6');
+    assert!(matches!(fault(&file), TreeFault::Root));
+}
+
+#[test]
+fn hard_links_point_to_an_earlier_file() {
+    let directory = vec![root(), child(b"d", Kind::Directory), child(b"l", Kind::HardLink { target: 1 })];
+    assert!(matches!(fault(&encode(&Tree { entries: directory })), TreeFault::Link(_)));
+    let mut writer = TreeWriter::new(Vec::new());
+    writer.append(b"", &Kind::Directory, &root().attributes, b"").unwrap();
+    writer.append(b"l", &Kind::HardLink { target: 0 }, &Attributes::default(), b"l").unwrap();
+    assert!(matches!(fault(&writer.finish().unwrap()), TreeFault::Link(_)));
+}
+
+#[test]
+fn extents_stay_inside_file_and_pages() {
+    let extent =
+        |file_offset, length, pages| PageExtent { file_offset, length, pages_offset: PagesOffset(pages) };
+    let file = |size, extents| archive(child(b"f", Kind::File { size, extents }));
+    assert!(decode_tree(&file(8192, vec![extent(0, 8192, 0)]), 8192).is_ok());
+    for (size, extents) in [
+        (4096, vec![extent(0, 8192, 0)]),
+        (8192, vec![extent(0, 8192, 4096)]),
+        (8192, vec![extent(1, 4096, 0)]),
+        (8192, vec![extent(0, 4096, 1)]),
+        (8192, vec![extent(0, 0, 0)]),
+        (8192, vec![extent(4096, 4096, 0), extent(0, 4096, 4096)]),
+        (8192, vec![extent(0, 4096, 0), extent(0, 4096, 4096)]),
+        (i64::MAX as u64, vec![extent(u64::MAX - 4095, 4096, 0)]),
+        (i64::MAX as u64, vec![extent(0, 4096, u64::MAX - 4095)]),
+        (8192, vec![extent(4096, u64::MAX, 0)]),
+    ] {
+        let archive = file(size, extents.clone());
+        let error = decode_tree(&archive, 8192).unwrap_err();
+        assert!(matches!(error.fault, TreeFault::Extents(_)), "{size} {extents:?}: {error}");
+        assert_eq!(error.entry.to_string(), "./f");
+    }
+    assert!(matches!(fault(&file(1 << 63, vec![])), TreeFault::Field("size")));
+}
+
+#[test]
+fn fields_out_of_range_are_refused() {
+    let device = |field: std::ops::Range<usize>, digits: &'static str| {
+        let archive = archive(child(b"d", Kind::CharDevice { major: 1, minor: 1 }));
+        change(archive, b"./d", move |header| header[field.clone()].copy_from_slice(digits.as_bytes()))
+    };
+    assert!(matches!(fault(&device(329..337, "0010000\0")), TreeFault::Field("devmajor")));
+    assert!(matches!(fault(&device(337..345, "4000000\0")), TreeFault::Field("devminor")));
+    assert!(matches!(fault(&device(100..108, "0100644\0")), TreeFault::Field("mode")));
+    assert!(matches!(fault(&device(108..116, "zzzzzzz\0")), TreeFault::Field("uid")));
+    assert!(matches!(fault(&change(device(0..0, ""), b"./d", |h| h[156] = b'7')), TreeFault::Type(_)));
+    for target in [b"".to_vec(), vec![b't'; 4096]] {
+        assert!(matches!(fault(&archive(child(b"l", Kind::Symlink { target }))), TreeFault::Target));
+    }
+    let flagged = |kind, flags| {
+        let mut entry = child(b"x", kind);
+        entry.attributes.flags = flags;
+        fault(&archive(entry))
+    };
+    assert!(matches!(flagged(Kind::Directory, 1), TreeFault::Flags(1)));
+    assert!(matches!(flagged(Kind::Fifo, 0x10), TreeFault::Flags(0x10)));
+}
+
+#[test]
+fn an_archive_cut_anywhere_or_with_more_behind_it_is_refused() {
+    let whole = archive(child(&[b'n'; 150], Kind::File { size: 5, extents: vec![] }));
+    assert!(decode_tree(&whole, PAGES).is_ok());
+    for length in 0..whole.len() {
+        assert!(decode_tree(&whole[..length], PAGES).is_err(), "{length}");
+    }
+    for more in [&[0][..], &[0; 512], &[1; 512]] {
+        assert!(decode_tree(&[&whole, more].concat(), PAGES).is_err());
+    }
+}
+
+#[test]
+fn the_offset_of_a_bad_entry_is_told() {
+    let mut entries = vec![root(), child(b"good", Kind::Directory)];
+    entries.push(child(b"bad", Kind::Symlink { target: Vec::new() }));
+    let error = decode_tree(&encode(&Tree { entries }), PAGES).unwrap_err();
+    // Each of the two before takes an extended header of two blocks and a header; so does this one.
+    assert_eq!((error.offset, error.entry.to_string().as_str()), (512 * 8, "./bad"));
+}
+
+fn timestamp() -> impl Strategy<Value = Timestamp> {
+    (any::<i64>(), 0..1_000_000_000u32).prop_map(|(sec, nsec)| Timestamp { sec, nsec })
+}
+
+fn name() -> impl Strategy<Value = Vec<u8>> {
+    let byte = any::<u8>().prop_filter("a name's byte", |b| *b != 0 && *b != b'/');
+    let length = prop_oneof![4 => 1..20usize, 1 => 90..110usize, 1 => 250..256usize];
+    length.prop_flat_map(move |length| prop::collection::vec(byte.clone(), length))
+}
+
+fn attributes() -> impl Strategy<Value = Attributes> {
+    let xattr = ("(user|trusted|security)\\.[a-z=%]{1,9}", any::<Vec<u8>>());
+    let xattrs = prop::collection::btree_map(xattr.0, xattr.1, 0..3);
+    (0..0o10000u32, any::<u32>(), any::<u32>(), timestamp(), timestamp(), xattrs).prop_map(
+        |(mode, uid, gid, mtime, atime, xattrs)| {
+            let xattrs = xattrs.into_iter().map(|(name, value)| Xattr { name: name.into_bytes(), value });
+            Attributes { mode, uid, gid, mtime, atime, flags: 0, xattrs: xattrs.collect() }
+        },
+    )
+}
+
+fn kind() -> impl Strategy<Value = Kind> {
+    let runs = prop::collection::vec((1..9u64, 1..9u64, 0..PAGES / 4096 - 9), 0..30);
+    let file = (runs, 1..4097u64, any::<bool>()).prop_map(|(runs, tail, hole)| {
+        let mut at = 0;
+        let mut extents = Vec::new();
+        for (gap, pages, place) in runs {
+            at += gap * 4096;
+            extents.push(PageExtent {
+                file_offset: at,
+                length: pages * 4096,
+                pages_offset: PagesOffset(place * 4096),
+            });
+            at += pages * 4096;
+        }
+        let size = if hole { at + tail } else { at };
+        Kind::File { size, extents }
+    });
+    let target = prop::collection::vec(1..=255u8, 1..300);
+    prop_oneof![
+        4 => Just(Kind::Directory),
+        4 => file,
+        1 => target.prop_map(|target| Kind::Symlink { target }),
+        1 => Just(Kind::Fifo),
+        1 => Just(Kind::Socket),
+        1 => (0..1u32 << 12, 0..1u32 << 20).prop_map(|(major, minor)| Kind::CharDevice { major, minor }),
+        1 => (0..1u32 << 12, 0..1u32 << 20).prop_map(|(major, minor)| Kind::BlockDevice { major, minor }),
+        1 => Just(Kind::HardLink { target: usize::MAX }),
+    ]
+}
+
+/// Any tree: each entry picks its parent among the directories before it, a link its target likewise.
+fn tree() -> impl Strategy<Value = Tree> {
+    let entry = (name(), kind(), attributes(), any::<prop::sample::Index>(), any::<prop::sample::Index>());
+    (attributes(), prop::collection::vec(entry, 0..40)).prop_map(|(attributes, drawn)| {
+        let mut entries = vec![Entry { attributes, ..root() }];
+        for (name, mut kind, mut attributes, parent, target) in drawn {
+            let of = |want: fn(&Kind) -> bool| -> Vec<usize> {
+                (0..entries.len()).filter(|index| want(&entries[*index].kind)).collect()
+            };
+            let directories = of(|kind| *kind == Kind::Directory);
+            let parent = directories[parent.index(directories.len())];
+            if matches!(kind, Kind::HardLink { .. }) {
+                let files = of(|kind| !matches!(kind, Kind::Directory | Kind::HardLink { .. }));
+                if files.is_empty() {
+                    continue;
+                }
+                kind = Kind::HardLink { target: files[target.index(files.len())] };
+                attributes = Attributes::default();
+            }
+            let taken = |entry: &Entry| entry.parent == parent && entry.name == name;
+            if name != b"." && name != b".." && !entries[1..].iter().any(taken) {
+                entries.push(Entry { parent, name, kind, attributes });
+            }
+        }
+        Tree { entries }
+    })
+}
+
+proptest! {
+    #[test]
+    fn any_tree_round_trips(tree in tree()) {
+        prop_assert_eq!(decode_tree(&encode(&tree), PAGES).unwrap(), tree);
+    }
+
+    #[test]
+    fn a_damaged_archive_decodes_or_is_refused(tree in tree(), at: prop::sample::Index, byte: u8) {
+        let mut archive = encode(&tree);
+        let at = at.index(archive.len());
+        archive[at] = byte;
+        let _ = decode_tree(&archive, PAGES);
+    }
+
+    #[test]
+    fn any_bytes_decode_or_are_refused(bytes: Vec<u8>) {
+        let _ = decode_tree(&bytes, PAGES);
+    }
+}
