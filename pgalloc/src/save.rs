@@ -46,7 +46,8 @@ use crate::sys::mapping::{FileMapping, MappingError};
 use crate::zero::data_runs;
 use pages_file::PagesFile;
 use source::{check_range, next_data, read_error, read_up_to};
-use tail::{PageMemory, Segment, Tail};
+use tail::Tail;
+pub(crate) use tail::{PageMemory, Segment, Write};
 use writer::Writer;
 
 /// Bytes of a buffer, and buffers of each kind.
@@ -55,6 +56,14 @@ const BUFFERS: (usize, usize) = (1 << 20, 16);
 const SMALL: usize = 128 << 10;
 /// Bytes that are mapped at a time, and in all.
 const MAPPED: (u64, u64) = (4 << 20, 64 << 20);
+
+// The writer gathers a write of up to `WRITE.0` bytes before it submits it, and what is in it takes buffers and mapped
+// bytes that producers may wait for. More than `SMALL` bytes go by reference, so that a write that is being gathered
+// can have no more than so many of either; there must be others, which are being written and come back.
+const _: () = {
+    let held = writer::WRITE.0 / SMALL + 1;
+    assert!(held < BUFFERS.1 && held < (MAPPED.1 / MAPPED.0) as usize);
+};
 
 /// How the pages file is written.
 #[derive(Clone, Debug, Default)]
@@ -108,10 +117,10 @@ impl AsyncPagesFileSave {
         let pages_file = PagesFile::new(pages_file, options.direct)?;
         let (sender, segments) = channel();
         let failure = Arc::new(OnceLock::new());
-        let writer = Writer { pages_file, segments, failure: failure.clone() };
+        let writer_failure = failure.clone();
         let writer = thread::Builder::new()
             .name("pages-save".into())
-            .spawn(move || writer.run())
+            .spawn(move || Writer::new(pages_file, segments, writer_failure).run())
             .map_err(|source| SaveError::Thread { source: Arc::new(source) })?;
         Ok(Self {
             tail: Tail::new(BufferPool::new(BUFFERS.0, BUFFERS.1), sender),

@@ -4,3 +4,4 @@
 //! write that the kernel has been given owns the memory it writes until its completion has been taken.
 
 pub(crate) mod mapping;
+pub(crate) mod ring;

@@ -59,6 +59,15 @@ impl PagesFile {
         Ok(pages_file)
     }
 
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether writes go past the page cache, so that it is worth to have several in flight.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
     fn set_direct(&mut self, direct: bool) -> io::Result<()> {
         let mut flags = OFlag::from_bits_retain(fcntl(&self.file, FcntlArg::F_GETFL)?);
         flags.set(OFlag::O_DIRECT, direct);

@@ -44,6 +44,16 @@ impl Segment {
     }
 }
 
+/// Segments that are contiguous in the pages file, to be written at once.
+#[derive(Debug, Default)]
+pub(crate) struct Write {
+    /// Where in the pages file.
+    pub(crate) offset: u64,
+    /// Bytes of all segments.
+    pub(crate) length: usize,
+    pub(crate) segments: Vec<Segment>,
+}
+
 /// The order of appending; see the module.
 #[derive(Debug)]
 pub(crate) struct Tail {

@@ -1,61 +1,99 @@
 //! The writer thread: digests and writes segments in the order of the pages file.
 //!
+//! Direct writes go through an io_uring, [`DEPTH`] of them in flight. Buffered ones are done one after the other: they
+//! are copies into the page cache under the file's inode lock, of which a second one would only wait. So are direct
+//! ones where io_uring is refused. What comes back from the ring not fully written, or refused as direct I/O, is
+//! finished in the same way.
+//!
 //! After a failure it goes on taking segments and drops them, so that producers that wait for memory go on and see
 //! the failure at their next call; nothing is written any more.
 
-use std::io::IoSlice;
-use std::sync::mpsc::Receiver;
+use std::io::{self, IoSlice};
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, OnceLock};
 
 use crate::digest::{ChunkDigester, DigestTable};
 use crate::save::error::SaveError;
-use crate::save::pages_file::PagesFile;
-use crate::save::tail::Segment;
+use crate::save::pages_file::{PagesFile, write_error};
+use crate::save::tail::{Segment, Write};
+use crate::sys::ring::WriteRing;
 
 /// Most bytes, and most pieces, in a write.
-const WRITE: (usize, usize) = (1 << 20, 256);
+pub(crate) const WRITE: (usize, usize) = (1 << 20, 256);
+/// Writes in flight.
+const DEPTH: u32 = 16;
 
 /// What the writer thread works on.
 pub(crate) struct Writer {
-    pub(crate) pages_file: PagesFile,
-    pub(crate) segments: Receiver<Vec<Segment>>,
+    pages_file: PagesFile,
+    segments: Receiver<Vec<Segment>>,
     /// The first failure, seen by the producers.
-    pub(crate) failure: Arc<OnceLock<SaveError>>,
-}
-
-/// Segments that are contiguous in the pages file, to be written at once.
-#[derive(Debug, Default)]
-struct Write {
-    offset: u64,
-    length: usize,
-    segments: Vec<Segment>,
+    failure: Arc<OnceLock<SaveError>>,
+    ring: Option<WriteRing>,
+    digester: ChunkDigester,
+    /// What is gathered for the next write.
+    write: Write,
 }
 
 impl Writer {
+    pub(crate) fn new(
+        pages_file: PagesFile,
+        segments: Receiver<Vec<Segment>>,
+        failure: Arc<OnceLock<SaveError>>,
+    ) -> Self {
+        let ring = pages_file.is_direct().then(|| WriteRing::new(DEPTH)).and_then(|ring| {
+            ring.inspect_err(|error| tracing::debug!(%error, "no io_uring: one write at a time")).ok()
+        });
+        Self {
+            pages_file,
+            segments,
+            failure,
+            ring,
+            digester: ChunkDigester::default(),
+            write: Write::default(),
+        }
+    }
+
     /// Writes until the producers' side is closed. Returns the file and the digests of all that was written.
     pub(crate) fn run(mut self) -> (PagesFile, DigestTable) {
-        let mut digester = ChunkDigester::default();
-        let mut write = Write::default();
-        while let Ok(segments) = self.segments.recv() {
+        while let Some(segments) = self.next() {
             if self.failure.get().is_some() {
                 continue;
             }
             for segment in segments {
-                digester.update(segment.bytes());
-                self.add(&mut write, segment);
+                self.digester.update(segment.bytes());
+                self.add(segment);
             }
         }
-        self.submit(&mut write);
-        (self.pages_file, digester.finish())
+        self.submit();
+        while self.complete() {}
+        (self.pages_file, self.digester.finish())
     }
 
-    fn add(&mut self, write: &mut Write, mut segment: Segment) {
+    /// The next segments; `None` when there are no more. Takes completions while there is nothing else to do, so that
+    /// producers get their memory back.
+    fn next(&mut self) -> Option<Vec<Segment>> {
         loop {
-            let length = segment.length.min(WRITE.0 - write.length);
-            write.segments.push(Segment { length, ..segment.clone() });
-            write.length += length;
-            if write.length == WRITE.0 || write.segments.len() == WRITE.1 {
-                self.submit(write);
+            match self.segments.try_recv() {
+                Ok(segments) => return Some(segments),
+                Err(TryRecvError::Disconnected) => return None,
+                Err(TryRecvError::Empty) => {
+                    if !self.complete() {
+                        return self.segments.recv().ok();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds a segment to the next write; submits it when it is full.
+    fn add(&mut self, mut segment: Segment) {
+        loop {
+            let length = segment.length.min(WRITE.0 - self.write.length);
+            self.write.segments.push(Segment { length, ..segment.clone() });
+            self.write.length += length;
+            if self.write.length == WRITE.0 || self.write.segments.len() == WRITE.1 {
+                self.submit();
             }
             segment.start += length;
             segment.length -= length;
@@ -65,19 +103,77 @@ impl Writer {
         }
     }
 
-    fn submit(&mut self, write: &mut Write) {
-        if self.failure.get().is_none()
-            && let Err(error) = self.write(write)
-        {
-            let _ = self.failure.set(error);
+    /// Writes what is gathered, or begins to.
+    fn submit(&mut self) {
+        let next = Write { offset: self.write.offset + self.write.length as u64, ..Write::default() };
+        let write = std::mem::replace(&mut self.write, next);
+        if write.length == 0 {
+            return;
         }
-        *write = Write { offset: write.offset + write.length as u64, ..Write::default() };
+        while self.ring.as_ref().is_some_and(WriteRing::is_full) {
+            self.complete();
+        }
+        if self.failure.get().is_some() {
+            return;
+        }
+        if let Err(error) = self.pages_file.extend_to(write.offset + write.length as u64) {
+            return self.fail(error);
+        }
+        match &mut self.ring {
+            Some(ring) if self.pages_file.is_direct() => {
+                if let Err(source) = ring.submit(self.pages_file.file(), write) {
+                    self.fail(SaveError::Ring { source: Arc::new(source) });
+                }
+            }
+            _ => self.write_rest(&write, 0),
+        }
     }
 
-    fn write(&mut self, write: &Write) -> Result<(), SaveError> {
-        self.pages_file.extend_to(write.offset + write.length as u64)?;
+    /// Waits for a write that is in flight; false if there is none.
+    fn complete(&mut self) -> bool {
+        let Some(ring) = self.ring.as_mut().filter(|ring| ring.in_flight() > 0) else { return false };
+        match ring.wait() {
+            Ok(None) => false,
+            Ok(Some((write, result))) => {
+                match result {
+                    Ok(written) if written == write.length => {}
+                    Ok(written) => self.write_rest(&write, written),
+                    Err(error) if needs_retry(&error) => self.write_rest(&write, 0),
+                    Err(error) => self.fail(write_error(write.offset, error)),
+                }
+                true
+            }
+            Err(source) => {
+                self.fail(SaveError::Ring { source: Arc::new(source) });
+                // It waits for its writes, or leaks them.
+                self.ring = None;
+                false
+            }
+        }
+    }
+
+    /// Writes `write`, but for the first `written` bytes, and waits for it.
+    fn write_rest(&mut self, write: &Write, written: usize) {
+        if self.failure.get().is_some() {
+            return;
+        }
         let mut buffers: Vec<_> =
             write.segments.iter().map(|segment| IoSlice::new(segment.bytes())).collect();
-        self.pages_file.write(&mut buffers, write.offset)
+        let mut rest = &mut buffers[..];
+        IoSlice::advance_slices(&mut rest, written);
+        if let Err(error) = self.pages_file.write(rest, write.offset + written as u64) {
+            self.fail(error);
+        }
     }
+
+    /// Records the first failure.
+    fn fail(&self, error: SaveError) {
+        tracing::debug!(%error, "saving pages failed");
+        let _ = self.failure.set(error);
+    }
+}
+
+/// Whether an error may be one of direct I/O or of the moment, so that writing once more, waiting, decides.
+fn needs_retry(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EAGAIN | libc::EINTR))
 }
