@@ -189,18 +189,12 @@ impl<'a> Container<'a> {
         }
     }
 
-    /// Restores a checkpoint as a new container: `ctr containers restore --live`. Comes back when the container's
-    /// first process has said `ready`, as the probe does; the command itself lives as long as the container.
-    pub fn restore(
-        containerd: &'a Containerd,
-        name: &str,
-        image: &str,
-    ) -> Result<(Self, Background), CtrError> {
+    /// Restores a checkpoint as a new container: `ctr containers restore --live`. The container has been started
+    /// when it comes back.
+    pub fn restore(containerd: &'a Containerd, name: &str, image: &str) -> Result<Self, CtrError> {
         let id = containerd.id(name);
-        let mut command = containerd.ctr().command(&["containers", "restore", "--live", &id, image]);
-        let mut running = Background::start(&mut command)?;
-        running.expect_line("ready", |line| line == "ready")?;
-        Ok((Self::attach(containerd, id), running))
+        containerd.ctr().run(&["containers", "restore", "--live", &id, image])?;
+        Ok(Self::attach(containerd, id))
     }
 
     /// Kills it, and removes task and container.

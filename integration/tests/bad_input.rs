@@ -4,9 +4,9 @@
 use std::fs;
 use std::path::Path;
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MsFlags, mount, umount};
 use stillframe_integration::alter::{self, Alterations};
-use stillframe_integration::{Background, Container, Containerd, CtrError, Listing, RUNC, compare};
+use stillframe_integration::{Container, Containerd, CtrError, Listing, RUNC, compare};
 
 const GOOD: &str = "stillframe.test/checkpoint:good";
 const BAD: &str = "stillframe.test/checkpoint:bad";
@@ -91,6 +91,8 @@ fn where_the_image_can_not_go() {
     names(&error, &[&target.to_string_lossy()]);
     untouched(&container, &before);
 
+    umount(&read_only).unwrap();
+    umount(&small).unwrap();
     // After all that it still works.
     save(&containerd, &dir("good/deep"), &[], container.id()).unwrap();
     containerd.stillframe(&["inspect", &dir("good/deep").to_string_lossy()]).unwrap();
@@ -144,11 +146,8 @@ fn what_can_not_be_saved() {
 #[track_caller]
 fn refused(containerd: &Containerd, image: &str) -> CtrError {
     let id = containerd.id("refused");
-    let mut command = containerd.ctr().command(&["containers", "restore", "--live", &id, image]);
-    let mut running = Background::start(&mut command).unwrap();
-    let error = running.expect_line("ready", |line| line == "ready").err();
+    let error = containerd.ctr().run(&["containers", "restore", "--live", &id, image]).map(|_| ()).err();
     let error = error.unwrap_or_else(|| panic!("{image} was restored"));
-    drop(running);
     // `ctr` leaves the container's record behind when its task can't be made.
     if containerd.ctr().run(&["containers", "info", &id]).is_ok() {
         containerd.ctr().run(&["containers", "delete", &id]).unwrap();
@@ -195,10 +194,9 @@ fn images_that_can_not_be_restored() {
     }
     // The alteration itself isn't what is refused.
     containerd.alter_checkpoint(GOOD, BAD, &Alterations { files: Some(&|_| ()), spec: None }).unwrap();
-    let (container, running) = Container::restore(&containerd, "r", BAD).unwrap();
+    let container = Container::restore(&containerd, "r", BAD).unwrap();
     assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
     container.remove().unwrap();
-    drop(running);
     nothing_left(&containerd);
 }
 

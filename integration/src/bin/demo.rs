@@ -46,9 +46,9 @@ fn demo() -> Result<Proved> {
         .start()?;
     say(&format!("running: {} with runtime {STILLFRAME}", container.id()));
     fill(&container)?;
-    let before = look(&container)?;
     let hold = ready(container.exec_background(&["probe", "hold", "/scratch"])?)?;
-    say("one more file is open but unlinked");
+    say("/scratch: one more file is open but unlinked");
+    let before = look(&container)?;
 
     step(2, &format!("the container mounts a tmpfs of its own over {GUEST}"));
     container.exec(&["probe", "mount-tmpfs", GUEST])?;
@@ -95,7 +95,7 @@ fn demo() -> Result<Proved> {
     let id = containerd.id("restored");
     step(5, &format!("ctr containers restore --live {id} {CHECKPOINT}"));
     let begin = Instant::now();
-    let (container, _running) = Container::restore(&containerd, "restored", CHECKPOINT)?;
+    let container = Container::restore(&containerd, "restored", CHECKPOINT)?;
     say(&format!("running again after {:.0} ms", begin.elapsed().as_secs_f64() * 1e3));
     let after = look(&container)?;
     for ((path, before), after) in FILESYSTEMS.iter().zip(&before).zip(&after) {

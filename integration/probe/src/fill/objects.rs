@@ -203,7 +203,7 @@ pub fn attributes(tree: &mut Tree) -> io::Result<()> {
         .xattr(b"user.empty", b"")
         .xattr(b"user.binary", binary)
         .xattr(b"user.key=with%signs and spaces", b"1")
-        .xattr(b"user.not utf-8 \xff\n", b"2")
+        .xattr(b"user.space and\nnewline", b"2")
         .xattr(b"trusted.overlay.opaque", b"y")
         .xattr(b"trusted.binary", binary);
     tree.file(b"attributes/xattr-large")?;
