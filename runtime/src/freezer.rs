@@ -212,8 +212,9 @@ fn find(membership: &str, mountinfo: &str) -> Option<Cgroup> {
     }
     let below =
         |mount: PathBuf, path: &str| Some(mount.join(path.strip_prefix('/').filter(|p| !p.is_empty())?));
-    if let (Some(path), Some(mount)) = (v1, mountpoint(mountinfo, "cgroup", Some("freezer"))) {
-        return below(mount, path).map(Cgroup::V1);
+    let in_v1 = v1.zip(mountpoint(mountinfo, "cgroup", Some("freezer")));
+    if let Some(cgroup) = in_v1.and_then(|(path, mount)| below(mount, path)) {
+        return Some(Cgroup::V1(cgroup));
     }
     below(mountpoint(mountinfo, "cgroup2", None)?, v2?).map(Cgroup::V2)
 }
@@ -249,6 +250,7 @@ mod tests {
         assert_eq!(find(hybrid, MOUNTS), Some(want));
         let want = Cgroup::V2("/sys/fs/cgroup/unified/y".into());
         assert_eq!(find("0::/y\n", MOUNTS), Some(want));
+        assert_eq!(find("4:freezer:/\n0::/y\n", MOUNTS), find("0::/y\n", MOUNTS));
         assert_eq!(find("4:freezer:/\n0::/\n", MOUNTS), None, "the root is no cgroup of its own");
         assert_eq!(find("garbage\n", MOUNTS), None);
         assert_eq!(find("0::/y\n", ""), None);
@@ -290,10 +292,7 @@ mod tests {
     fn freeze_and_thaw(hierarchy: &str, make: fn(PathBuf) -> Cgroup) {
         let Some(group) = Group::new(hierarchy, make) else { return };
         let cgroup = &group.cgroup;
-        assert_eq!(
-            Cgroup::of_process(group.child.id().cast_signed()).unwrap().as_ref().map(|_| ()),
-            Some(())
-        );
+        assert_eq!(Cgroup::of_process(group.child.id().cast_signed()).unwrap().as_ref(), Some(cgroup));
         assert!(!cgroup.is_frozen().unwrap());
         let frozen = cgroup.freeze(FREEZE_TIMEOUT).unwrap();
         assert!(frozen.is_ours() && cgroup.is_frozen().unwrap());

@@ -33,6 +33,17 @@ pub struct PlannedMount {
     pub source: Option<String>,
     /// The directory that it will cover.
     pub below: Below,
+    /// Mountpoints of later mounts that lie on it.
+    pub mountpoints: Vec<Mountpoint>,
+}
+
+/// A place on a filesystem where something else will be mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mountpoint {
+    /// Path from the filesystem's root.
+    pub path: String,
+    /// A directory, else a file.
+    pub directory: bool,
 }
 
 /// What is at a mount's destination before it is mounted.
@@ -89,9 +100,29 @@ pub fn plan(spec: &Spec, rootfs: &Path) -> Result<Vec<PlannedMount>, PlanError> 
             .map_err(|source| PlanError::Options { destination: destination.clone(), source })?;
         let source = mount.source().as_ref().map(|source| source.to_string_lossy().into_owned());
         let below = below(&spec.mounts()[..index], &planned, &destination, rootfs)?;
-        planned.push(PlannedMount { index, destination, options, source, below });
+        let mountpoints = Vec::new();
+        planned.push(PlannedMount { index, destination, options, source, below, mountpoints });
+    }
+    for (index, mount) in spec.mounts().iter().enumerate() {
+        let destination = destination(mount);
+        let Some((on, _, at)) = innermost(&spec.mounts()[..index], &destination) else { continue };
+        if let Some(planned) = planned.iter_mut().find(|planned| planned.index == on) {
+            let path = destination[at.len()..].to_owned();
+            let is_file = || is_bind(mount) && mount.source().as_ref().is_some_and(|source| !source.is_dir());
+            planned.mountpoints.push(Mountpoint { path, directory: !is_file() });
+        }
     }
     Ok(planned)
+}
+
+/// The mount among `earlier` that a path lies on, with its number and clean destination: the last of the
+/// longest, since a later mount at the same place covers an earlier one.
+fn innermost<'a>(earlier: &'a [Mount], path: &str) -> Option<(usize, &'a Mount, String)> {
+    let on = earlier.iter().enumerate().filter_map(|(index, mount)| {
+        let at = destination(mount);
+        is_at_or_below(path, &at).then_some((index, mount, at))
+    });
+    on.max_by_key(|(index, _, at)| (at.len(), *index))
 }
 
 fn destination(mount: &Mount) -> String {
@@ -119,13 +150,7 @@ fn below(
     destination: &str,
     rootfs: &Path,
 ) -> Result<Below, PlanError> {
-    let on = earlier.iter().enumerate().filter_map(|(index, mount)| {
-        let at = self::destination(mount);
-        is_at_or_below(destination, &at).then_some((index, mount, at))
-    });
-    // The last of the longest: a later mount at the same place covers an earlier one.
-    let on = on.max_by_key(|(index, _, at)| (at.len(), *index));
-    let (root, path) = match on {
+    let (root, path) = match innermost(earlier, destination) {
         None => (rootfs.to_owned(), destination.to_owned()),
         Some((index, mount, at)) => {
             let rest = destination[at.len()..].to_owned();
@@ -222,6 +247,10 @@ mod tests {
         assert!(matches!(below("/missing", 0), Below::Nothing));
         assert!(matches!(below("/bound/in", 0), Below::Directory { root, .. } if root == bound.path()));
         assert!(matches!(below("/bound/out", 0), Below::Nothing));
+        let on =
+            |number: usize| plan[number].mountpoints.iter().map(|on| on.path.as_str()).collect::<Vec<_>>();
+        assert_eq!(plan[1].destination, "/data");
+        assert_eq!(on(1), ["/below", ""], "and the second /data covers the first");
     }
 
     #[test]

@@ -17,7 +17,7 @@ use stillframe_tmpfs::decode::{TreeError, decode_tree};
 use stillframe_tmpfs::entry::Tree;
 use stillframe_tmpfs::mount::{MountError, open_root, usage};
 
-use crate::image::{Image, ImageError};
+use crate::image::{Image, ImageError, PAGES};
 use crate::manifest::Manifest;
 
 /// Why an image couldn't be restored.
@@ -35,7 +35,7 @@ pub enum RestoreError {
         image: PathBuf,
         /// Why.
         #[source]
-        source: TreeError,
+        source: Box<TreeError>,
     },
     /// The new filesystem couldn't be looked into.
     #[error("open the new filesystem {id}")]
@@ -56,10 +56,10 @@ pub enum RestoreError {
         source: BuildError,
     },
     /// The pages couldn't be loaded.
-    #[error("load the pages of the image {image}")]
+    #[error("load {path}")]
     Load {
-        /// The image directory.
-        image: PathBuf,
+        /// The pages file.
+        path: PathBuf,
         /// Why.
         #[source]
         source: LoadError,
@@ -124,7 +124,7 @@ pub fn restore(
         let target = &targets[*target];
         let tree = decode_tree(image.archive(*index), image.manifest.pages_length).map_err(|source| {
             let id = image.manifest.filesystems[*index].resource_id.clone();
-            RestoreError::Tree { id, image: path.to_owned(), source }
+            RestoreError::Tree { id, image: path.to_owned(), source: source.into() }
         })?;
         let usage = usage(&target.mountpoint)
             .map_err(|source| RestoreError::Open { id: target.id.clone(), source })?;
@@ -134,7 +134,7 @@ pub fn restore(
     }
     let mut result = report(&image.manifest, targets, pairs);
 
-    let load_failed = |source| RestoreError::Load { image: path.to_owned(), source };
+    let load_failed = |source| RestoreError::Load { path: path.join(PAGES), source };
     let loader = AsyncPagesFileLoad::new(image.pages, image.meta.digests, LoadOptions::default())
         .map_err(load_failed)?;
     let mut roots = Vec::new();

@@ -9,16 +9,17 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::build::BuildOptions;
 use stillframe_tmpfs::copy_up::{CopyUpError, copy_up, open_in_root};
 use stillframe_tmpfs::mount::{MountError, TmpfsMount, mount_tmpfs, open_root, unmount};
+use stillframe_tmpfs::mountpoint::make_mountpoint;
+use stillframe_tmpfs::{Ids, ResourceId};
 
 pub use crate::checkpoint::{CheckpointError, CheckpointRequest, CheckpointResult};
 use crate::freezer::FreezeError;
 use crate::image::Image;
 use crate::oci_runtime;
-use crate::plan::{Below, PlanError, PlannedMount, plan};
+use crate::plan::{Below, Mountpoint, PlanError, PlannedMount, plan};
 use crate::process;
 pub use crate::restore::{RestoreError, RestoreResult};
 use crate::restore::{Target, match_filesystems, restore};
@@ -83,6 +84,17 @@ pub enum PrepareError {
         /// Why.
         #[source]
         source: MountError,
+    },
+    /// A mountpoint on a filesystem couldn't be made.
+    #[error("make the mountpoint {path} on {id}")]
+    Mountpoint {
+        /// ResourceID of the filesystem.
+        id: ResourceId,
+        /// Path on it.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
     /// The directory below couldn't be copied up.
     #[error("copy up into {id}")]
@@ -225,6 +237,9 @@ impl Sandbox {
                 Some(restore(path, image, &targets, &pairs, &options)?)
             }
         };
+        for (planned, target) in plan.iter().zip(&targets).filter(|(planned, _)| planned.options.flags.ro) {
+            self.make_mountpoints(planned, target, &record.ids)?;
+        }
         locked.put_container(record)?;
         spec.write()?;
         Ok(Prepared { filesystems: targets.into_iter().map(|target| target.id).collect(), restored })
@@ -271,6 +286,24 @@ impl Sandbox {
         let Target { id, mountpoint, .. } = &targets[number];
         let root = open_root(mountpoint).map_err(|source| PrepareError::Mount { id: id.clone(), source })?;
         copy_up(&source, &root).map_err(|source| PrepareError::CopyUp { id: id.clone(), source })
+    }
+
+    /// On a filesystem that the container sees read-only, runc couldn't make them any more.
+    fn make_mountpoints(
+        &self,
+        planned: &PlannedMount,
+        target: &Target,
+        ids: &Ids,
+    ) -> Result<(), PrepareError> {
+        let root = || ids.uid.to_host(0).zip(ids.gid.to_host(0)).unwrap_or_default();
+        for Mountpoint { path, directory } in planned.mountpoints.iter().filter(|on| !on.path.is_empty()) {
+            let filesystem = open_root(&target.mountpoint)
+                .map_err(|source| PrepareError::Mount { id: target.id.clone(), source })?;
+            make_mountpoint(&filesystem, path, *directory, root()).map_err(|source| {
+                PrepareError::Mountpoint { id: target.id.clone(), path: path.clone(), source }
+            })?;
+        }
+        Ok(())
     }
 
     /// After `runc create`: records the init process, by which the container is frozen.

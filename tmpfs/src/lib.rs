@@ -10,6 +10,7 @@ pub mod encode;
 pub mod entry;
 pub mod id_map;
 pub mod mount;
+pub mod mountpoint;
 pub mod options;
 mod pax;
 mod record;
