@@ -10,10 +10,9 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags, SeekFrom, Statx};
+use rustix::fs::{Mode, OFlags, Statx};
 use stillframe_pgalloc::{AsyncMemoryFileSave, FileRange, PageExtent, SaveError};
 
 use crate::encode::TreeWriter;
@@ -21,10 +20,6 @@ use crate::entry::{Attributes, Kind, PathName, Timestamp, Xattr};
 use crate::id_map::{IdMap, Ids};
 use crate::walk::{Met, Walk};
 use crate::xattr::{self, Inode};
-
-/// Files up to this size are given to the engine whole: it leaves zero pages out by itself, and asking
-/// the kernel for holes would cost more than reading them.
-const SMALL: u64 = 64 * 1024;
 
 /// What was saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -203,34 +198,14 @@ impl Object<'_> {
         Ok(file)
     }
 
+    /// The engine finds holes and zero pages by itself.
     fn save_pages(&self, file: &Arc<File>, size: u64) -> Result<Vec<PageExtent>, SaveTreeError> {
-        let write = |start, end| {
-            let range = FileRange::new(start, end).expect("start <= end");
-            self.memory
-                .write_range(file, range)
-                .map_err(|source| SaveTreeError::Pages { path: PathName(self.met.path.to_vec()), source })
-        };
         if size == 0 {
             return Ok(Vec::new());
         }
-        if size <= SMALL {
-            return write(0, size);
-        }
-        let seek = |from| match rustix::fs::seek(file.as_fd(), from) {
-            Ok(offset) => Ok(Some(offset)),
-            Err(rustix::io::Errno::NXIO) => Ok(None),
-            Err(error) => Err(self.fail("find the holes of")(error.into())),
-        };
-        let mut extents = Vec::new();
-        let mut at = 0;
-        while let Some(start) = seek(SeekFrom::Data(at))? {
-            let end = seek(SeekFrom::Hole(start))?.unwrap_or(size).min(size);
-            extents.extend(write(start, end)?);
-            if end >= size {
-                break;
-            }
-            at = end;
-        }
-        Ok(extents)
+        let whole = FileRange::new(0, size).expect("a file begins at 0");
+        self.memory
+            .write_range(file, whole)
+            .map_err(|source| SaveTreeError::Pages { path: PathName(self.met.path.to_vec()), source })
     }
 }
