@@ -66,10 +66,18 @@ const _: () = {
 };
 
 /// How the pages file is written.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct SaveOptions {
     /// Whether past the page cache.
     pub direct: Direct,
+    /// Whether direct writes may go through an io_uring, where the kernel lets. Else there is one at a time.
+    pub io_uring: bool,
+}
+
+impl Default for SaveOptions {
+    fn default() -> Self {
+        Self { direct: Direct::Auto, io_uring: true }
+    }
 }
 
 /// What was saved.
@@ -120,7 +128,7 @@ impl AsyncPagesFileSave {
         let writer_failure = failure.clone();
         let writer = thread::Builder::new()
             .name("pages-save".into())
-            .spawn(move || Writer::new(pages_file, segments, writer_failure).run())
+            .spawn(move || Writer::new(pages_file, segments, writer_failure, options.io_uring).run())
             .map_err(|source| SaveError::Thread { source: Arc::new(source) })?;
         Ok(Self {
             tail: Tail::new(BufferPool::new(BUFFERS.0, BUFFERS.1), sender),

@@ -190,7 +190,7 @@ fn a_full_filesystem_ends_a_load_with_an_error() {
 
 /// Saves more than there is room for; each later call and the end return what went wrong first.
 fn fill(pages: File, direct: Direct) -> SaveError {
-    let save = AsyncPagesFileSave::new(pages, SaveOptions { direct }).unwrap();
+    let save = AsyncPagesFileSave::new(pages, SaveOptions { direct, ..Default::default() }).unwrap();
     let main = save.register_memory_file(&MemoryFile::main()).unwrap();
     let (large, small) = (data_file(4 << 20), data_file(5000));
     let error = (0..100)
@@ -263,7 +263,8 @@ fn a_pages_file_must_be_empty_and_direct_io_can_be_demanded_only_where_it_is() {
     assert!(matches!(error, SaveError::NotEmpty { length: 1 }));
     // procfs has files that can be opened for writing but not written past the page cache.
     let proc = File::options().read(true).write(true).open("/proc/self/comm").unwrap();
-    let error = AsyncPagesFileSave::new(proc, SaveOptions { direct: Direct::Always }).unwrap_err();
+    let error = AsyncPagesFileSave::new(proc, SaveOptions { direct: Direct::Always, ..Default::default() })
+        .unwrap_err();
     assert!(matches!(error, SaveError::Direct { .. }), "{error}");
 }
 

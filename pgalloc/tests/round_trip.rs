@@ -18,12 +18,13 @@ const MEMORY: &str = "/dev/shm";
 const DISK: &str = env!("CARGO_TARGET_TMPDIR");
 
 /// Where pages files are written, and how.
-const DESTINATIONS: [(&str, Direct); 5] = [
-    (MEMORY, Direct::Auto),
-    (MEMORY, Direct::Never),
-    (DISK, Direct::Auto),
-    (DISK, Direct::Always),
-    (DISK, Direct::Never),
+const DESTINATIONS: [(&str, SaveOptions); 6] = [
+    (MEMORY, SaveOptions { direct: Direct::Auto, io_uring: true }),
+    (MEMORY, SaveOptions { direct: Direct::Never, io_uring: true }),
+    (DISK, SaveOptions { direct: Direct::Auto, io_uring: true }),
+    (DISK, SaveOptions { direct: Direct::Always, io_uring: true }),
+    (DISK, SaveOptions { direct: Direct::Always, io_uring: false }),
+    (DISK, SaveOptions { direct: Direct::Never, io_uring: true }),
 ];
 
 fn file_in(directory: &str) -> Arc<File> {
@@ -45,9 +46,9 @@ struct Saved {
     files: Vec<(u64, Vec<PageExtent>)>,
 }
 
-fn save(sources: &[Arc<File>], directory: &str, direct: Direct) -> Saved {
+fn save(sources: &[Arc<File>], directory: &str, options: SaveOptions) -> Saved {
     let pages = tempfile::tempfile_in(directory).unwrap();
-    let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions { direct }).unwrap();
+    let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), options).unwrap();
     let main = save.register_memory_file(&MemoryFile::main()).unwrap();
     let files = sources.iter().map(|source| {
         let range = whole(source);
@@ -178,11 +179,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
     fn files_come_back_as_they_were(models in prop::collection::vec(model(), 1..8), destination in 0..DESTINATIONS.len()) {
-        let (directory, direct) = DESTINATIONS[destination];
+        let (directory, options) = DESTINATIONS[destination];
         let sources: Vec<_> = models.iter().enumerate().map(|(seed, model)| model.create(seed * 1000)).collect();
         let blocks = || sources.iter().map(|source| source.metadata().unwrap().blocks()).collect::<Vec<_>>();
         let before = blocks();
-        let saved = save(&sources, directory, direct);
+        let saved = save(&sources, directory, options);
         prop_assert_eq!(before, blocks(), "saving has made pages in holes");
         saved.check();
         for (seed, (model, file)) in models.iter().zip(saved.load()).enumerate() {
@@ -202,7 +203,7 @@ fn the_last_page_of_the_largest_file() {
     for (data, pages) in [(3, 1), (3 + 4096, 2), (200 * 4096, 201)] {
         let contents = bytes(5, data);
         source.write_all_at(&contents, size - data as u64).unwrap();
-        let saved = save(std::slice::from_ref(&source), MEMORY, Direct::Auto);
+        let saved = save(std::slice::from_ref(&source), MEMORY, SaveOptions::default());
         saved.check();
         assert_eq!(saved.summary.length, pages * PAGE_SIZE);
         let mut end = vec![0; data];
@@ -220,7 +221,7 @@ fn what_a_mapping_put_behind_the_end_of_a_file_is_not_saved() {
     source.set_len(201 * PAGE_SIZE).unwrap();
     source.write_all_at(&[0xff; 100], size).unwrap();
     source.set_len(size).unwrap();
-    let saved = save(&[source], MEMORY, Direct::Auto);
+    let saved = save(&[source], MEMORY, SaveOptions::default());
     let mut page = [0; PAGE_SIZE as usize];
     saved.pages.read_exact_at(&mut page, 200 * PAGE_SIZE).unwrap();
     assert!(page[10..].iter().all(|&byte| byte == 0), "bytes behind the end of the file were saved");
@@ -232,7 +233,7 @@ fn zeros_are_found_and_holes_stay() {
     let source = file_in(MEMORY);
     source.write_all_at(&vec![0; 32 << 20], 0).unwrap();
     source.set_len(1 << 40).unwrap();
-    let saved = save(&[source], MEMORY, Direct::Auto);
+    let saved = save(&[source], MEMORY, SaveOptions::default());
     saved.check();
     assert_eq!((saved.summary.length, saved.summary.zero_bytes, saved.summary.data_bytes), (0, 32 << 20, 0));
     assert_eq!(saved.load()[0].metadata().unwrap().blocks(), 0);
@@ -250,8 +251,8 @@ fn alternating_pages_more_than_fit_in_flight() {
             source.write_all_at(&bytes(page as usize, 4096), offset).unwrap();
         }
     }
-    for (directory, direct) in [(DISK, Direct::Auto), (MEMORY, Direct::Never)] {
-        let saved = save(std::slice::from_ref(&source), directory, direct);
+    for (directory, options) in [DESTINATIONS[1], DESTINATIONS[2]] {
+        let saved = save(std::slice::from_ref(&source), directory, options);
         saved.check();
         assert_eq!(saved.summary.data_bytes, 24 * 40 * PAGE_SIZE);
         assert_same(&source, &saved.load()[0]);
@@ -272,7 +273,7 @@ fn assert_same(one: &File, other: &File) {
 
 #[test]
 fn two_producers_at_once() {
-    for (directory, direct) in DESTINATIONS {
+    for (directory, options) in DESTINATIONS {
         let sources: Vec<_> = (0..300usize)
             .map(|index| {
                 let file = file_in(MEMORY);
@@ -282,7 +283,7 @@ fn two_producers_at_once() {
             })
             .collect();
         let pages = tempfile::tempfile_in(directory).unwrap();
-        let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions { direct }).unwrap();
+        let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), options).unwrap();
         let main = save.register_memory_file(&MemoryFile::main()).unwrap();
         let run = |parity: usize| {
             let files = sources.iter().enumerate().filter(|(index, _)| index % 2 == parity);
@@ -360,9 +361,9 @@ fn a_live_file_is_saved_with_what_was_read() {
             }
         }
     });
-    for (directory, direct) in DESTINATIONS {
+    for (directory, options) in DESTINATIONS {
         let pages = tempfile::tempfile_in(directory).unwrap();
-        let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions { direct }).unwrap();
+        let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), options).unwrap();
         let main = save.register_memory_file(&MemoryFile::main()).unwrap();
         let files = (0..20).map(|_| (SIZE, main.write_live_range(&source, range).unwrap())).collect();
         let summary = save.finish().unwrap();

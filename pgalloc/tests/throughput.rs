@@ -51,7 +51,9 @@ type Saved = (File, PagesFileSummary, Vec<Vec<PageExtent>>);
 fn save(files: &[Arc<File>], length: u64, directory: &str, direct: Direct, live: bool) -> (Duration, Saved) {
     let pages = tempfile::tempfile_in(directory).unwrap();
     let start = Instant::now();
-    let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions { direct }).unwrap();
+    let save =
+        AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions { direct, ..Default::default() })
+            .unwrap();
     let main = save.register_memory_file(&MemoryFile::main()).unwrap();
     let range = FileRange::new(0, length).unwrap();
     let write = |file| if live { main.write_live_range(file, range) } else { main.write_range(file, range) };
@@ -110,6 +112,13 @@ fn one_large_file() {
         measure(what, GIB, || save(&sources, GIB, directory, direct, live).0);
     }
     let saved = save(&sources, GIB, DISK, Direct::Never, false).1;
+    for threads in [1, 2, 4] {
+        measure(&format!("load from the disk, {threads} threads"), GIB, || {
+            let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+            nix::fcntl::posix_fadvise(&saved.0, 0, 0, advice).unwrap();
+            load(&saved, threads)
+        });
+    }
     for threads in [1, 2] {
         measure(&format!("load from the page cache, {threads} threads"), GIB, || load(&saved, threads));
     }

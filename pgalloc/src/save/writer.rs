@@ -40,8 +40,9 @@ impl Writer {
         pages_file: PagesFile,
         segments: Receiver<Vec<Segment>>,
         failure: Arc<OnceLock<SaveError>>,
+        io_uring: bool,
     ) -> Self {
-        let ring = pages_file.is_direct().then(|| WriteRing::new(DEPTH)).and_then(|ring| {
+        let ring = (io_uring && pages_file.is_direct()).then(|| WriteRing::new(DEPTH)).and_then(|ring| {
             ring.inspect_err(|error| tracing::debug!(%error, "no io_uring: one write at a time")).ok()
         });
         Self {
