@@ -13,6 +13,9 @@ use stillframe_pgalloc::{
     MemoryFile, PAGE_SIZE, PageExtent, PagesFileSummary, PagesMeta, SaveOptions, validate_extents,
 };
 
+#[path = "support/sys.rs"]
+mod sys;
+
 /// A directory on tmpfs, and one on a disk (where the tests are run from a checkout on one).
 const MEMORY: &str = "/dev/shm";
 const DISK: &str = env!("CARGO_TARGET_TMPDIR");
@@ -217,10 +220,7 @@ fn what_a_mapping_put_behind_the_end_of_a_file_is_not_saved() {
     let source = file_in(MEMORY);
     let size = 200 * PAGE_SIZE + 10;
     source.write_all_at(&bytes(1, size as usize), 0).unwrap();
-    // On tmpfs, bytes that were once in the file's last page stay there; make them visible to a mapping.
-    source.set_len(201 * PAGE_SIZE).unwrap();
-    source.write_all_at(&[0xff; 100], size).unwrap();
-    source.set_len(size).unwrap();
+    sys::store(&source, 200 * PAGE_SIZE, 10, &[0xff; 100]);
     let saved = save(&[source], MEMORY, SaveOptions::default());
     let mut page = [0; PAGE_SIZE as usize];
     saved.pages.read_exact_at(&mut page, 200 * PAGE_SIZE).unwrap();
