@@ -1,0 +1,93 @@
+//! `delete`: what containerd calls when the shim is dead. Ends the container and takes away everything that it had.
+//!
+//! containerd waits for five seconds, then gives up and removes the bundle; so no step waits for long, and a step that fails
+//! doesn't keep the others from being tried.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use containerd_shim::Flags;
+use containerd_shim::api::{DeleteResponse, Options};
+use containerd_shim::util::{read_options, read_pid_from_file};
+
+use crate::driver::Runc;
+use crate::launch::socket_path;
+use crate::process::timestamp;
+use crate::reaper::{Exit, Reaper};
+use crate::sandbox::Filesystems;
+use crate::{error, rootfs, sys};
+
+/// For runc, of the five seconds.
+const RUNC: Duration = Duration::from_secs(3);
+
+/// Cleans up after the container `flags.id` whose bundle is `-bundle` or the current directory.
+pub async fn delete(flags: &Flags) -> std::io::Result<DeleteResponse> {
+    let bundle = match flags.bundle.as_str() {
+        "" => std::env::current_dir()?,
+        bundle => PathBuf::from(bundle),
+    };
+    let id = &flags.id;
+    let pid = read_pid_from_file(&bundle.join("init.pid")).await.unwrap_or(0);
+    let options = read_options(&bundle).await.unwrap_or_else(|error| {
+        complain("reading the runtime's options", &error);
+        Options::default()
+    });
+    let reaper = Reaper::start()?;
+    let runc = Runc::new(&flags.namespace, &bundle, &options, reaper);
+    match tokio::time::timeout(RUNC, runc.delete(id, true)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => complain("runc delete --force", &error),
+        Err(_) => eprintln!("runc delete --force takes more than {RUNC:?}"),
+    }
+    // runc has no state where the shim died in the middle of a create, or where its own files are gone.
+    kill_init(pid, &bundle);
+    if let Err(error) = rootfs::unmount(&rootfs::directory(&bundle)).await {
+        complain("unmounting", &error);
+    }
+    remove_filesystems(flags).await;
+    remove_socket(&bundle);
+    let exit = Exit::now(0);
+    Ok(DeleteResponse {
+        pid: pid.unsigned_abs(),
+        exit_status: 128 + libc::SIGKILL as u32,
+        exited_at: Some(timestamp(exit.at)).into(),
+        ..Default::default()
+    })
+}
+
+/// Kills the init where it is still the process that it was: one whose root is the bundle's... which only its mounts tell.
+fn kill_init(pid: i32, bundle: &Path) {
+    let rootfs = rootfs::directory(bundle).display().to_string();
+    let stage = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    // `runc init` waits in the middle of a create; nothing else is left once runc has deleted.
+    if stage.starts_with("runc\0init") {
+        drop(sys::kill(pid, libc::SIGKILL));
+        eprintln!("killed process {pid} of {rootfs}");
+    }
+}
+
+async fn remove_filesystems(flags: &Flags) {
+    let removed = match Filesystems::find(&flags.namespace, &flags.id).await {
+        Ok(Some(filesystems)) => filesystems.remove().await,
+        Ok(None) => Ok(()),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = removed {
+        complain("removing the container's filesystems", &error);
+    }
+}
+
+/// The dead shim's socket. One that somebody listens on belongs to a shim that serves other containers.
+fn remove_socket(bundle: &Path) {
+    let Ok(address) = std::fs::read_to_string(bundle.join("address")) else { return };
+    let path = socket_path(&address);
+    if UnixStream::connect(&path).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused) {
+        drop(std::fs::remove_file(&path));
+    }
+}
+
+/// containerd logs what `delete` writes to stderr.
+fn complain(what: &str, error: &dyn std::error::Error) {
+    eprintln!("{what}: {}", error::chain(error));
+}

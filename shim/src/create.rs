@@ -1,0 +1,203 @@
+//! Makes a container, or nothing: each phase that is done is undone when a later one fails.
+//!
+//! ```text
+//!   Nothing -> Mounted -> Prepared -> Created -> (the container exists, TaskCreate is queued)
+//! ```
+//!
+//! The checkpoint that containerd asks to restore is read completely in `Prepared`: containerd may remove it after create.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use containerd_shim::api::{CreateTaskRequest, Options};
+use containerd_shim::io::Stdio;
+use containerd_shim::protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim::util::{read_pid_from_file, write_options, write_runtime};
+use runc::options::CreateOpts;
+use tokio::sync::oneshot;
+
+use crate::bundle::Spec;
+use crate::container::{Container, Shim};
+use crate::driver::Runc;
+use crate::error::TaskError;
+use crate::exec::Execs;
+use crate::process::Process;
+use crate::reaper::Exit;
+use crate::sandbox::Filesystems;
+use crate::stdio::{Owner, ProcessIo};
+use crate::{driver, error, oom, options, rootfs};
+
+/// How far the making has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    Nothing,
+    Mounted,
+    Prepared,
+    Created,
+}
+
+struct Making<'a> {
+    shim: &'a Arc<Shim>,
+    request: &'a CreateTaskRequest,
+    options: Options,
+    bundle: PathBuf,
+    spec: Spec,
+    runc: Runc,
+    filesystems: Filesystems,
+    phase: Phase,
+}
+
+/// Makes the container that `request` describes and queues TaskCreate.
+pub async fn create(shim: &Arc<Shim>, request: &CreateTaskRequest) -> Result<Arc<Container>, TaskError> {
+    let options = options::decode(request.options.as_ref())?;
+    let bundle = PathBuf::from(&request.bundle);
+    let spec = Spec::read(&bundle)?;
+    // What the `delete` action needs should this process die.
+    let failed = |what| move |source| TaskError::Shim { what, source };
+    write_options(&bundle, &options).await.map_err(failed("writing the bundle's options"))?;
+    let binary = driver::binary(&options).display().to_string();
+    write_runtime(&bundle, &binary).await.map_err(failed("writing the bundle's runtime"))?;
+
+    let filesystems = Filesystems::new(&shim.namespace, spec.sandbox_id(&request.id), &request.id)?;
+    let runc = Runc::new(&shim.namespace, &bundle, &options, shim.reaper.clone());
+    let mut making =
+        Making { shim, request, options, bundle, spec, runc, filesystems, phase: Phase::Nothing };
+    match making.make().await {
+        Ok((init, io, exit)) => making.finish(init, io, exit).await,
+        Err(error) => {
+            making.undo().await;
+            Err(error)
+        }
+    }
+}
+
+type Made = (i32, Arc<ProcessIo>, oneshot::Receiver<Exit>);
+
+impl Making<'_> {
+    async fn make(&mut self) -> Result<Made, TaskError> {
+        let request = self.request;
+        rootfs::mount(request).await?;
+        self.phase = Phase::Mounted;
+
+        let rootfs = if request.rootfs.is_empty() {
+            self.spec.rootfs(&self.bundle)
+        } else {
+            rootfs::directory(&self.bundle)
+        };
+        // containerd before 2.0 passes a client's image path in the options only, for runtimes not named runc.
+        let image =
+            [&request.checkpoint, &self.options.criu_image_path].into_iter().find(|path| !path.is_empty());
+        let (runtime, image) = (driver::binary(&self.options), image.map(PathBuf::from));
+        self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image).await?;
+        self.phase = Phase::Prepared;
+
+        let owner = Owner {
+            id: &request.id,
+            namespace: &self.shim.namespace,
+            uid: self.options.io_uid,
+            gid: self.options.io_gid,
+        };
+        let io = Arc::new(ProcessIo::open(&stdio(request), &owner, &self.shim.reaper).await?);
+        let made = self.run(&io).await;
+        if made.is_err() {
+            io.abort().await;
+        }
+        let (pid, exit) = made?;
+        Ok((pid, io, exit))
+    }
+
+    async fn run(&mut self, io: &ProcessIo) -> Result<(i32, oneshot::Receiver<Exit>), TaskError> {
+        let pid_file = self.bundle.join("init.pid");
+        let mut options = CreateOpts::new()
+            .pid_file(&pid_file)
+            .no_pivot(self.options.no_pivot_root)
+            .no_new_keyring(self.options.no_new_keyring);
+        options.console_socket = io.console_socket();
+        options.io = io.driver();
+        let birth = self.shim.reaper.birth();
+        // From here on runc may know it, also where it fails.
+        self.phase = Phase::Created;
+        self.runc.create(&self.request.id, &options).await?;
+        drop(options);
+        let pid = read_pid_from_file(&pid_file)
+            .await
+            .map_err(|source| TaskError::Shim { what: "reading the container's pid", source })?;
+        let exit = birth.claim(pid);
+        io.attach().await?;
+        self.filesystems.set_init_pid(pid).await?;
+        Ok((pid, exit))
+    }
+
+    async fn finish(
+        self,
+        pid: i32,
+        io: Arc<ProcessIo>,
+        exit: oneshot::Receiver<Exit>,
+    ) -> Result<Arc<Container>, TaskError> {
+        let request = self.request;
+        let init = Arc::new(Process::new(String::new(), stdio(request), None));
+        init.born(pid, io);
+        let oom = oom::watch(&request.id, pid, &self.shim.publisher);
+        if let Err(error) = &oom {
+            tracing::warn!(container = request.id, %error, "out-of-memory events will be missing");
+        }
+        let container = Arc::new(Container {
+            id: request.id.clone(),
+            bundle: self.bundle,
+            init: init.clone(),
+            shim: self.shim.clone(),
+            runc: self.runc,
+            options: self.options,
+            execs: Execs::default(),
+            filesystems: self.filesystems,
+            outlives_init: self.spec.outlives_init(),
+            freeze: tokio::sync::Mutex::default(),
+            saving: AtomicBool::new(false),
+            oom: Mutex::new(oom.ok()),
+        });
+        let _turn = init.turn.lock().await;
+        tokio::spawn(container.clone().attend_init(exit));
+        self.shim.publisher.publish(TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: Some(TaskIO {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+                ..Default::default()
+            })
+            .into(),
+            checkpoint: request.checkpoint.clone(),
+            pid: pid.unsigned_abs(),
+            ..Default::default()
+        });
+        Ok(container)
+    }
+
+    /// Undoes what is done, in reverse. What fails here is logged: the caller gets the first error.
+    async fn undo(&self) {
+        let id = &self.request.id;
+        if self.phase >= Phase::Created
+            && let Err(error) = self.runc.delete(id, true).await
+        {
+            tracing::warn!(container = id, %error, "undoing a failed create");
+        }
+        if self.phase >= Phase::Prepared
+            && let Err(error) = self.filesystems.remove().await
+        {
+            tracing::warn!(container = id, error = error::chain(&error), "undoing a failed create");
+        }
+        if self.phase >= Phase::Mounted
+            && let Err(error) = rootfs::unmount(&rootfs::directory(&self.bundle)).await
+        {
+            tracing::warn!(container = id, error = error::chain(&error), "undoing a failed create");
+        }
+    }
+}
+
+fn stdio(request: &CreateTaskRequest) -> Stdio {
+    Stdio::new(&request.stdin, &request.stdout, &request.stderr, request.terminal)
+}

@@ -1,0 +1,105 @@
+//! The door to Stillframe's own work on a container's filesystems: `stillframe_runtime`, whose calls block, as futures.
+
+use std::error::Error;
+use std::path::PathBuf;
+
+use stillframe_runtime::sandbox::{CheckpointRequest, PrepareRequest, Sandbox};
+
+use crate::error::TaskError;
+
+/// One container's part in a sandbox.
+#[derive(Clone, Debug)]
+pub struct Filesystems {
+    sandbox: Sandbox,
+    container_id: String,
+}
+
+impl Filesystems {
+    /// The container's part in sandbox `sandbox_id`. Nothing is made yet.
+    pub fn new(namespace: &str, sandbox_id: &str, container_id: &str) -> Result<Self, TaskError> {
+        let sandbox = Sandbox::new(namespace, sandbox_id).map_err(|error| TaskError::Sandbox {
+            action: "finding",
+            id: container_id.into(),
+            source: Box::new(error),
+        })?;
+        Ok(Self { sandbox, container_id: container_id.into() })
+    }
+
+    /// Finds the sandbox that the container is in, if it is in one.
+    pub async fn find(namespace: &str, container_id: &str) -> Result<Option<Self>, TaskError> {
+        let (namespace, id) = (namespace.to_string(), container_id.to_string());
+        let sandbox =
+            blocking("finding", container_id, move || Sandbox::of_container(&namespace, &id)).await?;
+        Ok(sandbox.map(|sandbox| Self { sandbox, container_id: container_id.into() }))
+    }
+
+    /// Mounts the container's filesystems, with the contents of the image at `restore_from` if there is one, and rewrites the
+    /// bundle's config.json to use them. Undoes everything on error. `runtime` is the command of runc.
+    pub async fn prepare(
+        &self,
+        bundle: PathBuf,
+        rootfs: PathBuf,
+        runtime: PathBuf,
+        restore_from: Option<PathBuf>,
+    ) -> Result<(), TaskError> {
+        let container_id = self.container_id.clone();
+        let request = PrepareRequest { container_id, bundle, rootfs, runtime, restore_from };
+        let prepared = self.call("preparing", move |sandbox| sandbox.prepare(&request)).await?;
+        if let Some(restored) = prepared.restored {
+            tracing::info!(container = self.container_id, bytes = restored.bytes, ?restored, "restored");
+        }
+        Ok(())
+    }
+
+    /// Tells the sandbox by which process the container's cgroup is found.
+    pub async fn set_init_pid(&self, pid: i32) -> Result<(), TaskError> {
+        let id = self.container_id.clone();
+        self.call("recording the process of", move |sandbox| sandbox.set_init_pid(&id, pid)).await
+    }
+
+    /// Saves the container's filesystems to a directory. With `kill` the init is killed once they are saved, but stays frozen if
+    /// it was.
+    pub async fn checkpoint(&self, image_path: PathBuf, kill: bool) -> Result<(), TaskError> {
+        let container_id = self.container_id.clone();
+        let request = CheckpointRequest { container_id, image_path, paths: Vec::new(), kill };
+        let result = self.call("checkpointing", move |sandbox| sandbox.checkpoint(&request)).await?;
+        tracing::info!(container = self.container_id, ?result, "checkpointed");
+        Ok(())
+    }
+
+    /// Unmounts the container's filesystems and forgets them. Idempotent.
+    pub async fn remove(&self) -> Result<(), TaskError> {
+        let id = self.container_id.clone();
+        self.call("removing", move |sandbox| sandbox.remove(&id)).await
+    }
+
+    async fn call<T, E>(
+        &self,
+        action: &'static str,
+        call: impl FnOnce(&Sandbox) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, TaskError>
+    where
+        T: Send + 'static,
+        E: Error + Send + Sync + 'static,
+    {
+        let sandbox = self.sandbox.clone();
+        blocking(action, &self.container_id, move || call(&sandbox)).await
+    }
+}
+
+async fn blocking<T, E>(
+    action: &'static str,
+    id: &str,
+    call: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, TaskError>
+where
+    T: Send + 'static,
+    E: Error + Send + Sync + 'static,
+{
+    match tokio::task::spawn_blocking(call).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(TaskError::Sandbox { action, id: id.into(), source: Box::new(error) }),
+        // What was being done must be undone like after any other error.
+        Err(panic) => Err(TaskError::Sandbox { action, id: id.into(), source: Box::new(panic) }),
+    }
+}
