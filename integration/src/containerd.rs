@@ -4,6 +4,7 @@
 //! until the socket answers, *running*, and *gone* after [`Containerd::stop`] or drop. Starting fails with the end of
 //! containerd's log; a test that panics shows it, too.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, BufRead, BufReader};
 use std::os::unix::net::UnixStream;
@@ -91,6 +92,8 @@ pub struct Containerd {
     plan: Plan,
     ctr: Ctr,
     watchdog: u32,
+    /// Every id that was given out: the names of the shims' sockets are made of them.
+    ids: Mutex<BTreeSet<String>>,
     stopped: bool,
 }
 
@@ -113,7 +116,7 @@ impl Containerd {
         let plan = plan(version, &dir, &namespace)?;
         let watchdog = start_watchdog(&plan)?;
         let ctr = Ctr { program: version.ctr.clone(), address: dir.join("c.sock"), namespace };
-        let containerd = Self { plan, ctr, watchdog, stopped: false };
+        let containerd = Self { plan, ctr, watchdog, ids: Mutex::default(), stopped: false };
         containerd.await_socket()?;
         containerd.ctr.run(&["version"])?;
         let image = dir.join("image.tar");
@@ -139,7 +142,9 @@ impl Containerd {
 
     /// A container's id that is unique on the machine.
     pub fn id(&self, name: &str) -> String {
-        format!("{}-{name}", self.plan.namespace)
+        let id = format!("{}-{name}", self.plan.namespace);
+        self.ids.lock().expect("nobody panics while holding it").insert(id.clone());
+        id
     }
 
     /// The start of a container of this name.
@@ -149,7 +154,16 @@ impl Containerd {
 
     /// What there is of containers now: nothing, when all have been removed.
     pub fn residue(&self) -> Residue {
-        Residue::of(&self.plan, self.watchdog)
+        let mut residue = Residue::of(&self.plan, self.watchdog);
+        residue.files.extend(self.shim_sockets().iter().map(|path| path.display().to_string()));
+        residue
+    }
+
+    /// Sockets of shims, of the containers that got their ids here.
+    pub fn shim_sockets(&self) -> Vec<PathBuf> {
+        let ids = self.ids.lock().expect("nobody panics while holding it");
+        let sockets = ids.iter().map(|id| residue::shim_socket(&self.ctr.address, self.namespace(), id));
+        sockets.filter(|path| path.exists()).collect()
     }
 
     /// As [`Self::residue`], after waiting for it to become empty: the last process of a container may end

@@ -8,6 +8,8 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use crate::watchdog::Plan;
 
 /// All that is there, one line each.
@@ -148,6 +150,15 @@ pub fn files(namespace: &str) -> Vec<PathBuf> {
         }
     }
     found
+}
+
+/// Where the shim of a container (or of a group that is called so) listens: containerd's SocketAddress.
+pub fn shim_socket(address: &Path, namespace: &str, id: &str) -> PathBuf {
+    let mut name = String::new();
+    for byte in Sha256::digest(address.join(namespace).join(id).as_os_str().as_encoded_bytes()) {
+        name.push_str(&format!("{byte:02x}"));
+    }
+    Path::new("/run/containerd/s").join(name)
 }
 
 fn entries(dir: &Path) -> Vec<PathBuf> {

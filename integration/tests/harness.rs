@@ -19,7 +19,15 @@ fn a_container_runs_and_leaves_nothing() {
     let after = container.list("/scratch").unwrap();
     assert_eq!(compare(&before, &after), []);
     assert!(before.len() > 400, "{}", before.len());
-    assert!(!containerd.residue().is_empty());
+    let there = containerd.residue();
+    for (what, found) in
+        [("shim and process", &there.processes), ("rootfs", &there.mounts), ("cgroup", &there.cgroups)]
+    {
+        assert!(!found.is_empty(), "no {what}, of a container that runs:\n{there}");
+    }
+    for part in ["/run/containerd/runc/", "/run/containerd/s/", "/state/"] {
+        assert!(there.files.iter().any(|path| path.contains(part)), "nothing in {part}:\n{there}");
+    }
     container.remove().unwrap();
     let residue = containerd.settled_residue();
     assert!(residue.is_empty(), "{residue}");

@@ -34,10 +34,9 @@ type Proved = Vec<(String, bool)>;
 fn demo() -> Result<Proved> {
     step(1, "a private containerd; a container with two tmpfs mounts, filled with a real tree");
     let containerd = Containerd::start()?;
-    say(&format!(
-        "containerd: {}",
-        containerd.ctr().run(&["version"])?.stdout.split_whitespace().collect::<Vec<_>>().join(" ")
-    ));
+    let version = containerd.ctr().run(&["version"])?.stdout;
+    let version = version.lines().rev().find_map(|line| line.trim().strip_prefix("Version:")).unwrap_or("?");
+    say(&format!("containerd {}", version.trim()));
     let container = containerd
         .container("demo")
         .option("--cap-add=CAP_SYS_ADMIN")
@@ -99,8 +98,11 @@ fn demo() -> Result<Proved> {
     say(&format!("running again after {:.0} ms", begin.elapsed().as_secs_f64() * 1e3));
     let after = look(&container)?;
     for ((path, before), after) in FILESYSTEMS.iter().zip(&before).zip(&after) {
-        let what =
-            format!("{path}: all {} objects are back, with {} attributes", before.len(), before.attributes());
+        let what = format!(
+            "{path}: {} objects with {} attributes are what they were",
+            before.len(),
+            before.attributes()
+        );
         prove(&mut proved, &what, &compare(before, after));
     }
     let hidden = container.shell(&format!("cat {GUEST}/hidden"))?.stdout == "hidden below\n";
