@@ -5,21 +5,23 @@
 //! is the state at one instant: all filesystems are saved within one freeze.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
-use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, PagesMeta, SaveError, SaveOptions};
+use stillframe_pgalloc::{AsyncPagesFileSave, Direct, MemoryFile, PagesMeta, SaveError, SaveOptions};
 use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::mount::{MountError, open_view};
 use stillframe_tmpfs::save::{SaveTreeError, save_tree};
 
-use crate::freezer::{FREEZE_TIMEOUT, FreezeError};
+use crate::freezer::{Cgroup, FREEZE_TIMEOUT, FreezeError};
 use crate::image::{self, ImageError, ImageWriter, PartWriter};
 use crate::manifest::{Manifest, Offsets, SavedContainer, SavedFilesystem};
 use crate::process;
 use crate::selector::Selector;
 use crate::state::{ContainerRecord, FilesystemRecord, Locked, StateDir, StateError};
+use crate::unlinked::{self, Unlinked};
 
 /// What a checkpoint is asked to do.
 #[derive(Clone, Debug)]
@@ -30,6 +32,8 @@ pub struct CheckpointRequest {
     pub image_path: PathBuf,
     /// Which filesystems; none is all of the container's.
     pub paths: Vec<Selector>,
+    /// Whether the pages file is written past the page cache.
+    pub direct: Direct,
     /// Whether the container's init process is killed (SIGKILL) once the image is committed. It isn't
     /// thawed before: nothing runs between the instant of the image and the end.
     pub kill: bool,
@@ -52,6 +56,8 @@ pub struct CheckpointResult {
     pub pages_bytes: u64,
     /// Bytes that were read, found to be zero, and left out.
     pub zero_bytes: u64,
+    /// Files that were open but had no name: they aren't in the image.
+    pub unlinked: Unlinked,
     /// How long the container was needed frozen, in milliseconds. If it was frozen before (paused), it
     /// stays so afterwards.
     pub frozen_ms: f64,
@@ -151,10 +157,11 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
     let cgroup = init.cgroup.as_ref().ok_or_else(|| CheckpointError::NoCgroup(id.clone()))?;
     let selected = select(dir, &container, &request.paths)?;
     let image = ImageWriter::create(&request.image_path)?;
+    let unlinked = count_unlinked(cgroup, &selected);
 
     let freezing = Instant::now();
     let frozen = cgroup.freeze(FREEZE_TIMEOUT)?;
-    let saved = save(dir, &container, &selected, &image, &request.image_path);
+    let saved = save(dir, &container, &selected, &image, request);
     // Kept frozen if it is to be killed: whatever fails before that thaws it.
     let (frozen, frozen_for) =
         if request.kill { (Some(frozen), None) } else { (None, Some(freezing.elapsed())) };
@@ -187,6 +194,7 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
         logical_bytes: sum(|filesystem| filesystem.logical_bytes),
         pages_bytes: saved.pages_bytes,
         zero_bytes: saved.zero_bytes,
+        unlinked,
         frozen_ms: milliseconds(frozen_for),
         total_ms: milliseconds(begun.elapsed()),
     };
@@ -244,6 +252,12 @@ fn select(
     Ok(all)
 }
 
+fn count_unlinked(cgroup: &Cgroup, selected: &[Selected]) -> Unlinked {
+    // A mountpoint that can't be looked at is reported when it is saved.
+    let devices = selected.iter().filter_map(|selected| Some(selected.mountpoint.metadata().ok()?.dev()));
+    unlinked::count(&cgroup.processes(), &devices.collect::<Vec<_>>())
+}
+
 /// What was saved within the freeze.
 struct Saved {
     /// Complete but for `meta`.
@@ -258,11 +272,12 @@ fn save(
     container: &ContainerRecord,
     selected: &[Selected],
     image: &ImageWriter,
-    image_path: &Path,
+    request: &CheckpointRequest,
 ) -> Result<Saved, CheckpointError> {
-    let pages_failed = |source| CheckpointError::Pages { path: image_path.join(image::PAGES), source };
-    let pages =
-        AsyncPagesFileSave::new(image.file(image::PAGES)?, SaveOptions::default()).map_err(pages_failed)?;
+    let pages_failed =
+        |source| CheckpointError::Pages { path: request.image_path.join(image::PAGES), source };
+    let options = SaveOptions { direct: request.direct, ..SaveOptions::default() };
+    let pages = AsyncPagesFileSave::new(image.file(image::PAGES)?, options).map_err(pages_failed)?;
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
     let mut tree = PartWriter::new(image.file(image::TREE)?);

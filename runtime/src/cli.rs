@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use stillframe_pgalloc::Direct;
 use stillframe_tmpfs::decode::decode_tree;
 use stillframe_tmpfs::entry::{Kind, Tree};
 
@@ -39,6 +40,9 @@ struct Fscheckpoint {
     /// Save this filesystem only: PATH, CONTAINER:PATH or all-tmpfs. May be given several times.
     #[arg(long = "path", value_name = "[CONTAINER:]PATH", default_value = ALL)]
     paths: Vec<Selector>,
+    /// Write pages.img past the page cache: auto does where its filesystem gains by it.
+    #[arg(long, value_enum, default_value_t = DirectArgument::Auto)]
+    direct: DirectArgument,
     /// Let the container run on; otherwise it is killed once the image is complete.
     #[arg(long)]
     leave_running: bool,
@@ -50,6 +54,23 @@ struct Fscheckpoint {
     json: bool,
     /// The container's id.
     container: String,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum DirectArgument {
+    Auto,
+    Always,
+    Never,
+}
+
+impl From<DirectArgument> for Direct {
+    fn from(argument: DirectArgument) -> Self {
+        match argument {
+            DirectArgument::Auto => Self::Auto,
+            DirectArgument::Always => Self::Always,
+            DirectArgument::Never => Self::Never,
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -117,6 +138,7 @@ fn fscheckpoint(arguments: &Fscheckpoint) -> Result<String, Box<dyn Error>> {
         container_id: id.clone(),
         image_path: arguments.image_path.clone(),
         paths: arguments.paths.clone(),
+        direct: arguments.direct.into(),
         kill: !arguments.leave_running,
     };
     let result = sandbox.checkpoint(&request)?;
@@ -129,8 +151,12 @@ fn fscheckpoint(arguments: &Fscheckpoint) -> Result<String, Box<dyn Error>> {
 fn describe(result: &CheckpointResult) -> String {
     let ids: Vec<String> = result.filesystems.iter().map(ToString::to_string).collect();
     let rate = result.pages_bytes as f64 / 1e6 / result.total_ms.max(0.001);
+    let unlinked = match result.unlinked.files {
+        0 => String::new(),
+        files => format!("left out     {files} files without a name, {} bytes\n", result.unlinked.bytes),
+    };
     format!(
-        "image        {}\nfilesystems  {}\nfiles        {} ({} names)\npages        {} bytes, {} of zeros left out\n\
+        "image        {}\nfilesystems  {}\nfiles        {} ({} names)\npages        {} bytes, {} of zeros left out\n{unlinked}\
          frozen       {:.1} ms\ntotal        {:.1} ms, {rate:.2} GB/s\n",
         result.image_path.display(),
         ids.join(" "),

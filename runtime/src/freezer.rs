@@ -81,6 +81,21 @@ impl Cgroup {
         }
     }
 
+    /// The processes in it and in the cgroups below.
+    pub fn processes(&self) -> Vec<i32> {
+        let mut processes = Vec::new();
+        let mut directories = vec![self.path().to_owned()];
+        // What goes away meanwhile has no processes.
+        while let Some(directory) = directories.pop() {
+            let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            processes.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
+            let below = fs::read_dir(&directory).into_iter().flatten().flatten();
+            let is_directory = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+            directories.extend(below.filter(is_directory).map(|entry| entry.path()));
+        }
+        processes
+    }
+
     /// Freezes it and everything below, and waits until it is frozen.
     pub fn freeze(&self, timeout: Duration) -> Result<Frozen, FreezeError> {
         if self.is_frozen()? {
@@ -145,8 +160,7 @@ impl Cgroup {
 
     /// The process that most likely keeps the cgroup from freezing: one in uninterruptible sleep.
     fn culprit(&self) -> String {
-        let procs = fs::read_to_string(self.path().join("cgroup.procs")).unwrap_or_default();
-        let sleeping = procs.lines().find_map(|pid| {
+        let sleeping = self.processes().into_iter().find_map(|pid| {
             let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
             let (name, rest) = stat.split_once(") ")?;
             let name = name.split_once('(')?.1;
@@ -293,6 +307,7 @@ mod tests {
         let Some(group) = Group::new(hierarchy, make) else { return };
         let cgroup = &group.cgroup;
         assert_eq!(Cgroup::of_process(group.child.id().cast_signed()).unwrap().as_ref(), Some(cgroup));
+        assert_eq!(cgroup.processes(), [group.child.id().cast_signed()]);
         assert!(!cgroup.is_frozen().unwrap());
         let frozen = cgroup.freeze(FREEZE_TIMEOUT).unwrap();
         assert!(frozen.is_ours() && cgroup.is_frozen().unwrap());

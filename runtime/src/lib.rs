@@ -16,3 +16,4 @@ pub mod sandbox;
 pub mod selector;
 pub mod spec;
 pub mod state;
+pub mod unlinked;

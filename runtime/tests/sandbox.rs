@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use stillframe_pgalloc::Direct;
 use stillframe_runtime::cli::chain;
 use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Prepared, Sandbox};
 use stillframe_runtime::state::STATE_ROOT;
@@ -47,13 +48,17 @@ impl Container {
 
     /// Starts its process, in a cgroup of the v1 freezer or else of v2.
     fn start(&mut self) {
+        self.start_with(Command::new("sleep").arg("1000").stdin(Stdio::null()));
+    }
+
+    fn start_with(&mut self, command: &mut Command) {
         let v1 = Path::new("/sys/fs/cgroup/freezer");
         let v2 = [Path::new("/sys/fs/cgroup/unified"), Path::new("/sys/fs/cgroup")];
         let v2 = v2.into_iter().find(|path| path.join("cgroup.subtree_control").exists());
         let root = if v1.is_dir() { v1 } else { v2.expect("a cgroup hierarchy") };
         let cgroup = root.join(&self.namespace);
         fs::create_dir(&cgroup).unwrap();
-        let child = Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        let child = command.spawn().unwrap();
         fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).unwrap();
         self.sandbox.set_init_pid("c", child.id().cast_signed()).unwrap();
         self.process = Some((child, cgroup));
@@ -80,6 +85,7 @@ impl Container {
             container_id: "c".to_owned(),
             image_path: image.to_owned(),
             paths: paths.iter().map(|path| path.parse().unwrap()).collect(),
+            direct: Direct::Auto,
             kill: false,
         };
         self.sandbox.checkpoint(&request).map_err(|error| chain(&error))
@@ -184,6 +190,22 @@ fn filesystems_are_prepared_saved_and_restored() {
 }
 
 #[test]
+fn files_without_a_name_are_reported() {
+    let mut container = Container::new(TWO);
+    container.prepare(None).unwrap();
+    let path = container.mount(0).join("held");
+    fs::write(&path, vec![1; 5000]).unwrap();
+    let mut holder = Command::new("sleep");
+    container.start_with(holder.arg("1000").stdin(fs::File::open(&path).unwrap()));
+    fs::remove_file(&path).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let result = container.checkpoint(&dir.path().join("image"), &[]).unwrap();
+    assert_eq!((result.unlinked.files, result.unlinked.bytes, result.files), (1, 5000, 0));
+    let result = container.checkpoint(&dir.path().join("other"), &["/dev/shm"]).unwrap();
+    assert_eq!(result.unlinked.files, 0, "only those of the filesystems that are saved");
+}
+
+#[test]
 fn tar_lists_every_archive_of_tree_tar() {
     let (_dir, image) = image();
     let manifest: serde_json::Value =
@@ -260,6 +282,7 @@ fn a_frozen_container_stays_frozen_and_a_killed_one_dies_after_the_commit() {
         container_id: "c".to_owned(),
         image_path: dir.path().join(image),
         paths: Vec::new(),
+        direct: Direct::Never,
         kill: true,
     };
     // Not an empty directory: it fails, and the container lives.
@@ -324,7 +347,8 @@ fn two_filesystems_of_one_name_are_refused_when_saved() {
 fn refused(image: &Path, mounts: &str) -> String {
     let container = Container::new(mounts);
     let before = fs::read_to_string(container.dir.path().join("config.json")).unwrap();
-    let error = container.prepare(Some(image)).map(|_| ()).unwrap_err();
+    let prepared = container.prepare(Some(image));
+    let error = prepared.expect_err("a damaged image is refused");
     assert_eq!(mounted_below(&container.state()), 0, "{error}");
     assert!(!container.state().exists(), "{error}");
     assert_eq!(fs::read_to_string(container.dir.path().join("config.json")).unwrap(), before);
