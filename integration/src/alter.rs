@@ -85,6 +85,7 @@ fn repack(bytes: &[u8], dir: &Path, change: &dyn Fn(&Path)) -> io::Result<Vec<u8
 /// As containerd does it: names relative, no entry for the directory itself.
 fn pack(dir: &Path, out: impl io::Write) -> io::Result<()> {
     let mut tar = tar::Builder::new(out);
+    tar.follow_symlinks(false);
     let mut names: Vec<_> =
         fs::read_dir(dir)?.map(|entry| entry.map(|entry| entry.file_name())).collect::<Result<_, _>>()?;
     names.sort();
