@@ -159,8 +159,9 @@ fn a_checkpoint_is_of_one_moment() {
 fn a_restored_container_can_be_saved_and_restored_again() {
     let containerd = Containerd::start().unwrap();
     let container = privileged(&containerd, "c0").tmpfs("/scratch", "size=64m").start().unwrap();
-    fill(&container, "/scratch", &["--seed", "5"]);
+    fill(&container, "/scratch", &["--seed", "5", "--inode-flags"]);
     let before = container.list("/scratch").unwrap();
+    assert_eq!(before.get("./contents/1-bytes", "flags"), Some("immutable"));
     containerd.checkpoint(container.id(), "stillframe.test/generation:0").unwrap();
     container.remove().unwrap();
     for generation in 1..4 {

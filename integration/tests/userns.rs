@@ -1,24 +1,10 @@
 //! Containers with a user namespace: the tmpfs belongs to the container's root, whatever that is outside.
 
-use stillframe_integration::{Container, Containerd, RUNC, STILLFRAME, compare};
+use stillframe_integration::{Container, ContainerSpec, Containerd, Listing, RUNC, STILLFRAME, compare};
 
-/// Whether the installed `ctr` can set one up, and containerd can remap the image's files.
-fn spec<'a>(
-    containerd: &'a Containerd,
-    name: &str,
-    runtime: &str,
-) -> stillframe_integration::ContainerSpec<'a> {
-    containerd
-        .container(name)
-        .runtime(runtime)
-        .option("--uidmap=0:200000:65536")
-        .option("--gidmap=0:300000:65536")
-        .tmpfs("/scratch", "size=16m:mode=1750:uid=1000:gid=5")
-}
-
-fn start<'a>(containerd: &'a Containerd, name: &str, runtime: &str) -> Container<'a> {
-    // Paths up to the private containerd's directory must be searchable for the mapped root.
-    spec(containerd, name, runtime).start().unwrap()
+fn mapped<'a>(containerd: &'a Containerd, name: &str, runtime: &str) -> ContainerSpec<'a> {
+    let spec = containerd.container(name).runtime(runtime);
+    spec.option("--uidmap=0:200000:65536").option("--gidmap=0:300000:65536")
 }
 
 #[test]
@@ -26,11 +12,14 @@ fn mounts_and_owners_are_as_with_runc() {
     let containerd = Containerd::start().unwrap();
     let mut seen = Vec::new();
     for (name, runtime) in [("theirs", RUNC), ("ours", STILLFRAME)] {
-        let container = start(&containerd, name, runtime);
+        let container = mapped(&containerd, name, runtime)
+            .tmpfs("/scratch", "size=16m:mode=1750:uid=1000:gid=5")
+            .start()
+            .unwrap();
         let mounts = container.exec(&["probe", "mounts"]).unwrap().stdout;
         container.shell("id -u > /scratch/id; mkdir /scratch/d; chown 7:8 /scratch/d").unwrap();
         let listing = container.list("/scratch").unwrap().without("mtime").without("atime");
-        seen.push((stillframe_integration::Listing::parse_mounts(&mounts).unwrap(), listing));
+        seen.push((Listing::parse_mounts(&mounts).unwrap(), listing));
         container.remove().unwrap();
     }
     let [(theirs, their_files), (ours, our_files)] = seen.as_slice() else { unreachable!("two runtimes") };
@@ -39,4 +28,24 @@ fn mounts_and_owners_are_as_with_runc() {
     assert_eq!(our_files.get("./d", "uid"), Some("7"));
     assert_eq!(our_files.get("./id", "uid"), Some("0"));
     assert_eq!(our_files.get(".", "uid"), Some("1000"));
+}
+
+#[test]
+fn owners_are_the_containers_own_after_a_restore() {
+    let containerd = Containerd::start().unwrap();
+    // The mount point is in the image: containerd's restore doesn't map the owners of the new root filesystem, so
+    // nothing can be created in it.
+    let container = mapped(&containerd, "c", STILLFRAME).tmpfs("/tmp", "size=16m").start().unwrap();
+    let said = container.exec(&["probe", "fill", "/tmp", "--seed", "9"]).unwrap();
+    // Devices, trusted.*, and ids that the namespace doesn't have.
+    assert!(said.stdout.contains("left out") && said.stdout.contains("filled"), "{said:?}");
+    let before = container.list("/tmp").unwrap();
+    containerd.checkpoint(container.id(), "stillframe.test/checkpoint:userns").unwrap();
+    container.remove().unwrap();
+    let container = Container::restore(&containerd, "r", "stillframe.test/checkpoint:userns").unwrap();
+    assert_eq!(compare(&before, &container.list("/tmp").unwrap()), []);
+    assert_eq!(before.get("./attributes/owner-1-2", "uid"), Some("1"));
+    container.remove().unwrap();
+    let residue = containerd.settled_residue();
+    assert!(residue.is_empty(), "{residue}");
 }
