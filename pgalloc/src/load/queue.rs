@@ -209,7 +209,11 @@ mod tests {
             let queue = queue.clone();
             move || queue.push(part(BATCH.0), false)
         });
+        let queued = part(1);
+        let target = Arc::downgrade(&queued.target);
+        queue.push(queued, true).unwrap();
         queue.stop(Some(LoadError::Panicked));
+        assert!(target.upgrade().is_none(), "what was queued is dropped at once");
         queue.stop(Some(LoadError::MainMemoryFile));
         assert!(matches!(waiter.join().unwrap(), Err(LoadError::Panicked)));
         assert!(queue.take().is_none());
