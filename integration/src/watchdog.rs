@@ -1,6 +1,8 @@
 //! The one place that cleans up: a process between the test and its containerd.
 //!
-//!     test --pipe--> watchdog (subreaper) --> containerd --> shims --> containers
+//! ```text
+//! test --pipe--> watchdog (subreaper) --> containerd --> shims --> containers
+//! ```
 //!
 //! The watchdog starts containerd and then waits for its standard input to end. That happens when the test
 //! closes it, and just as well when the test is killed, in whatever way: there is no second path for accidents.
