@@ -64,7 +64,7 @@ pub async fn create(shim: &Arc<Shim>, request: &CreateTaskRequest) -> Result<Arc
     let mut making =
         Making { shim, request, options, bundle, spec, runc, filesystems, phase: Phase::Nothing };
     match making.make().await {
-        Ok((init, io, exit)) => making.finish(init, io, exit).await,
+        Ok(made) => Ok(making.finish(made).await),
         Err(error) => {
             making.undo().await;
             Err(error)
@@ -72,7 +72,12 @@ pub async fn create(shim: &Arc<Shim>, request: &CreateTaskRequest) -> Result<Arc
     }
 }
 
-type Made = (i32, Arc<ProcessIo>, oneshot::Receiver<Exit>);
+struct Made {
+    pid: i32,
+    io: Arc<ProcessIo>,
+    exit: oneshot::Receiver<Exit>,
+    oom: Option<oom::Watch>,
+}
 
 impl Making<'_> {
     async fn make(&mut self) -> Result<Made, TaskError> {
@@ -103,11 +108,14 @@ impl Making<'_> {
         if made.is_err() {
             io.abort().await;
         }
-        let (pid, exit) = made?;
-        Ok((pid, io, exit))
+        let (pid, exit, oom) = made?;
+        Ok(Made { pid, io, exit, oom })
     }
 
-    async fn run(&mut self, io: &ProcessIo) -> Result<(i32, oneshot::Receiver<Exit>), TaskError> {
+    async fn run(
+        &mut self,
+        io: &ProcessIo,
+    ) -> Result<(i32, oneshot::Receiver<Exit>, Option<oom::Watch>), TaskError> {
         let pid_file = self.bundle.join("init.pid");
         let mut options = CreateOpts::new()
             .pid_file(&pid_file)
@@ -124,24 +132,22 @@ impl Making<'_> {
             .await
             .map_err(|source| TaskError::Shim { what: "reading the container's pid", source })?;
         let exit = birth.claim(pid);
-        io.attach().await?;
         self.filesystems.set_init_pid(pid).await?;
-        Ok((pid, exit))
+        let oom = oom::watch(&self.request.id, pid, &self.shim.publisher);
+        if let Err(error) = &oom {
+            tracing::warn!(container = self.request.id, %error, "out-of-memory events will be missing");
+        }
+        // Last of all: `ctr run` closes a container's stdin only if it reads the end of its own after create has returned, and
+        // it can read from the moment the fifo has a reader.
+        io.attach().await?;
+        Ok((pid, exit, oom.ok()))
     }
 
-    async fn finish(
-        self,
-        pid: i32,
-        io: Arc<ProcessIo>,
-        exit: oneshot::Receiver<Exit>,
-    ) -> Result<Arc<Container>, TaskError> {
+    async fn finish(self, made: Made) -> Arc<Container> {
+        let Made { pid, io, exit, oom } = made;
         let request = self.request;
         let init = Arc::new(Process::new(String::new(), stdio(request), None));
         init.born(pid, io);
-        let oom = oom::watch(&request.id, pid, &self.shim.publisher);
-        if let Err(error) = &oom {
-            tracing::warn!(container = request.id, %error, "out-of-memory events will be missing");
-        }
         let container = Arc::new(Container {
             id: request.id.clone(),
             bundle: self.bundle,
@@ -154,7 +160,7 @@ impl Making<'_> {
             outlives_init: self.spec.outlives_init(),
             freeze: tokio::sync::Mutex::default(),
             saving: AtomicBool::new(false),
-            oom: Mutex::new(oom.ok()),
+            oom: Mutex::new(oom),
         });
         let _turn = init.turn.lock().await;
         tokio::spawn(container.clone().attend_init(exit));
@@ -174,7 +180,7 @@ impl Making<'_> {
             pid: pid.unsigned_abs(),
             ..Default::default()
         });
-        Ok(container)
+        container
     }
 
     /// Undoes what is done, in reverse. What fails here is logged: the caller gets the first error.

@@ -21,9 +21,9 @@ pub enum RootfsError {
         device: String,
         /// Where it should have been.
         target: PathBuf,
-        /// What mount(2) said.
+        /// What mount(2) said. In a box: the variant would make every error here a large one.
         #[source]
-        source: containerd_shim::Error,
+        source: Box<containerd_shim::Error>,
     },
     /// The directory for it.
     #[error("the directory {path} for the root filesystem can't be made")]
@@ -71,7 +71,7 @@ pub async fn mount(request: &CreateTaskRequest) -> Result<(), RootfsError> {
                 kind: mount.type_.clone(),
                 device: mount.source.clone(),
                 target: target(&directory, mount),
-                source,
+                source: Box::new(source),
             });
         }
     }
