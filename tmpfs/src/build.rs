@@ -16,7 +16,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadTarget};
 
-use crate::entry::{Attributes, Entry, Kind, PathName, Timestamp, Tree};
+use crate::entry::{Attributes, Entry, KEPT_FLAGS, Kind, PathName, Timestamp, Tree};
 use crate::id_map::{IdMap, Ids};
 use crate::mount::Usage;
 use crate::sys::handle::FileHandle;
@@ -114,7 +114,8 @@ pub fn check_tree(tree: &Tree, options: &BuildOptions, usage: &Usage) -> Result<
     }
     let needed = tree.inodes();
     // The root of the filesystem is one of its inodes, and is there already.
-    if let Some(limit) = usage.inodes.map(|inodes| inodes.saturating_sub(1)).filter(|limit| needed > *limit) {
+    let left = usage.inodes.map(|inodes| inodes.saturating_sub(usage.used_inodes.unwrap_or(1)));
+    if let Some(limit) = left.filter(|limit| needed > *limit) {
         return Err(BuildError::Inodes { needed, limit });
     }
     for (index, entry) in tree.entries.iter().enumerate() {
@@ -193,8 +194,10 @@ impl Built<'_> {
             set_open(&file, &attributes)?;
         } else if flags && entry.attributes.flags != 0 {
             let file = handle.open(self.root.as_fd(), OFlags::NONBLOCK)?;
-            let kept = rustix::fs::IFlags::from_bits_retain(entry.attributes.flags);
-            rustix::fs::ioctl_setflags(&file, kept)?;
+            // Other flags are the filesystem's own: ext4 would convert a file that loses its extents flag.
+            let own = rustix::fs::ioctl_getflags(&file)?.bits() & !KEPT_FLAGS;
+            let flags = rustix::fs::IFlags::from_bits_retain(own | entry.attributes.flags);
+            rustix::fs::ioctl_setflags(&file, flags)?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Filesystems: tmpfs mount options, mounting, ResourceIDs, walking, `tree.tar`.
 //!
-//! Knows pages (`stillframe-pgalloc`) and the kernel's tmpfs; knows no container, no OCI spec and no
+//! Knows pages (`stillframe-pgalloc`), the kernel's tmpfs, and ext4 on a file of the host; knows no container, no OCI spec and no
 //! containerd, and must never learn of them. Nothing here is async.
 
 pub mod build;
@@ -8,11 +8,13 @@ pub mod copy_up;
 pub mod decode;
 pub mod encode;
 pub mod entry;
+pub mod filestore;
 pub mod id_map;
 pub mod mount;
 pub mod mountpoint;
 pub mod options;
 mod pax;
+pub mod private;
 mod record;
 pub mod resource;
 pub mod save;

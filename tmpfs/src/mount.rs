@@ -27,8 +27,8 @@ use crate::IdMap;
 use crate::options::{DataOption, MountFlags, TmpfsOptions};
 use crate::sys::mount::MountAttr;
 
-/// statfs(2)'s `f_type` of a tmpfs.
-const TMPFS_MAGIC: FsWord = 0x0102_1994;
+/// statfs(2)'s `f_type` of the filesystems that are ours: tmpfs, and ext4 on a filestore.
+const MAGICS: [FsWord; 2] = [0x0102_1994, 0xef53];
 
 /// A tmpfs to be mounted.
 #[derive(Clone, Copy, Debug)]
@@ -115,9 +115,9 @@ pub enum MountError {
         /// Its key.
         option: String,
     },
-    /// It isn't a whole mounted tmpfs.
-    #[error("{path} is {what}, not the root of a mounted tmpfs")]
-    NotTmpfs {
+    /// It isn't a whole mounted filesystem of a kind that is ours.
+    #[error("{path} is {what}, not the root of a mounted tmpfs or filestore")]
+    NotOurs {
         /// What was looked at.
         path: PathBuf,
         /// What it is instead.
@@ -136,7 +136,7 @@ pub enum MountError {
     },
 }
 
-fn failed<E: Into<io::Error>>(call: &'static str, path: &Path) -> impl FnOnce(E) -> MountError {
+pub(crate) fn failed<E: Into<io::Error>>(call: &'static str, path: &Path) -> impl FnOnce(E) -> MountError {
     move |error| MountError::System { call, path: path.to_owned(), source: error.into() }
 }
 
@@ -187,7 +187,11 @@ pub fn make_private_mountpoint(dir: &Path) -> Result<(), MountError> {
 
 /// Puts a detached mount on a directory, then makes it private: a mount below a shared one becomes
 /// shared by being put there.
-fn attach(mount: BorrowedFd<'_>, target_fd: BorrowedFd<'_>, target: &Path) -> Result<(), MountError> {
+pub(crate) fn attach(
+    mount: BorrowedFd<'_>,
+    target_fd: BorrowedFd<'_>,
+    target: &Path,
+) -> Result<(), MountError> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     rustix::mount::move_mount(mount, "", target_fd, "", flags).map_err(failed("move_mount", target))?;
     MountAttr::private(MountAttrFlags::empty()).apply(mount).map_err(failed("mount_setattr", target))
@@ -222,14 +226,14 @@ fn superblock_options(request: &TmpfsMount<'_>) -> Result<Vec<DataOption>, Mount
     Ok(all)
 }
 
-fn configure(context: &OwnedFd, option: &DataOption) -> Result<(), Errno> {
+pub(crate) fn configure(context: &OwnedFd, option: &DataOption) -> Result<(), Errno> {
     match &option.value {
         Some(value) => rustix::mount::fsconfig_set_string(context, option.key.as_str(), value.as_str()),
         None => rustix::mount::fsconfig_set_flag(context, option.key.as_str()),
     }
 }
 
-fn text(option: &DataOption) -> String {
+pub(crate) fn text(option: &DataOption) -> String {
     match &option.value {
         Some(value) => format!("{}={value}", option.key),
         None => option.key.clone(),
@@ -237,7 +241,7 @@ fn text(option: &DataOption) -> String {
 }
 
 /// The messages that the kernel left in a filesystem context, each "e tmpfs: Bad value for 'size'".
-fn messages(context: BorrowedFd<'_>) -> String {
+pub(crate) fn messages(context: BorrowedFd<'_>) -> String {
     let mut all = Vec::new();
     let mut buffer = [0; 1024];
     // One message a read; the kernel keeps eight at most, then it is ENODATA.
@@ -248,7 +252,7 @@ fn messages(context: BorrowedFd<'_>) -> String {
 }
 
 /// The attributes of our mount, as mount(2) would derive them from the same flags; never read-only.
-fn attributes(flags: MountFlags) -> MountAttrFlags {
+pub(crate) fn attributes(flags: MountFlags) -> MountAttrFlags {
     let mut attributes = MountAttrFlags::empty();
     attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, flags.nosuid);
     attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, flags.nodev);
@@ -260,14 +264,14 @@ fn attributes(flags: MountFlags) -> MountAttrFlags {
     attributes
 }
 
-/// The root directory of the tmpfs at `mountpoint` through a mount of its own that is read-only,
+/// The root directory of the filesystem at `mountpoint` through a mount of its own that is read-only,
 /// changes no access time, follows no symbolic link and that nothing can be mounted into. `openat` and
 /// `open_by_handle_at` relative to it stay on that mount.
 pub fn open_view(mountpoint: &Path) -> Result<File, MountError> {
     open_clone(mountpoint, MountAttr::private(CLONE | MountAttrFlags::MOUNT_ATTR_RDONLY))
 }
 
-/// The root directory of the tmpfs at `mountpoint` through a mount of its own that is writable, changes
+/// The root directory of the filesystem at `mountpoint` through a mount of its own that is writable, changes
 /// no access time and follows no symbolic link. Device nodes can be made, not opened: `nodev` forbids
 /// only that.
 pub fn open_root(mountpoint: &Path) -> Result<File, MountError> {
@@ -284,7 +288,7 @@ const CLONE: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOATIME
     .union(MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW);
 
 fn open_clone(mountpoint: &Path, attributes: MountAttr) -> Result<File, MountError> {
-    let fd = open_tmpfs(mountpoint)?;
+    let fd = open_filesystem(mountpoint)?;
     let clone = clone_tree(fd.as_fd(), OpenTreeFlags::empty(), mountpoint)?;
     attributes.apply(clone.as_fd()).map_err(failed("mount_setattr", mountpoint))?;
     reopen(clone.as_fd(), mountpoint)
@@ -299,9 +303,9 @@ pub fn unmount(target: &Path) -> Result<(), MountError> {
     }
 }
 
-/// Limits and use of the tmpfs at `mountpoint`.
+/// Limits and use of the filesystem at `mountpoint`.
 pub fn usage(mountpoint: &Path) -> Result<Usage, MountError> {
-    let fd = open_tmpfs(mountpoint)?;
+    let fd = open_filesystem(mountpoint)?;
     let space = rustix::fs::fstatfs(&fd).map_err(failed("fstatfs", mountpoint))?;
     let block = u64::try_from(space.f_bsize).unwrap_or_default();
     let limited = |limit: u64, free: u64| (limit != 0).then(|| (limit, limit.saturating_sub(free)));
@@ -315,11 +319,11 @@ pub fn usage(mountpoint: &Path) -> Result<Usage, MountError> {
     })
 }
 
-/// An O_PATH descriptor of `path`, which must be the root of a whole tmpfs.
-fn open_tmpfs(path: &Path) -> Result<OwnedFd, MountError> {
-    let not = |what| MountError::NotTmpfs { path: path.to_owned(), what };
+/// An O_PATH descriptor of `path`, which must be the root of a whole filesystem.
+fn open_filesystem(path: &Path) -> Result<OwnedFd, MountError> {
+    let not = |what| MountError::NotOurs { path: path.to_owned(), what };
     let fd = open_directory(path)?;
-    if rustix::fs::fstatfs(&fd).map_err(failed("fstatfs", path))?.f_type != TMPFS_MAGIC {
+    if !MAGICS.contains(&rustix::fs::fstatfs(&fd).map_err(failed("fstatfs", path))?.f_type) {
         return Err(not("on another filesystem"));
     }
     if !is_mount_root(fd.as_fd(), path)? {
@@ -331,13 +335,13 @@ fn open_tmpfs(path: &Path) -> Result<OwnedFd, MountError> {
     Ok(fd)
 }
 
-fn open_directory(path: &Path) -> Result<OwnedFd, MountError> {
+pub(crate) fn open_directory(path: &Path) -> Result<OwnedFd, MountError> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(failed("open", path))
 }
 
 /// A descriptor that can be read, and used for open_by_handle_at(2), of what an O_PATH one stands for.
-fn reopen(fd: BorrowedFd<'_>, path: &Path) -> Result<File, MountError> {
+pub(crate) fn reopen(fd: BorrowedFd<'_>, path: &Path) -> Result<File, MountError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::openat(fd, ".", flags, Mode::empty()).map(File::from).map_err(failed("open", path))
 }

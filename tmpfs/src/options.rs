@@ -358,6 +358,20 @@ fn is_number(text: &str) -> bool {
     c_number(text).is_some() || digits.is_some_and(|digits| c_number(digits).is_some())
 }
 
+/// The bytes that a `size=` means where 100 % are `whole`, as `memparse` has them; `None` if that is no number
+/// or too large.
+pub(crate) fn bytes(text: &str, whole: u64) -> Option<u64> {
+    if let Some(percent) = text.strip_suffix('%') {
+        return u64::try_from(u128::from(c_number(percent)?) * u128::from(whole) / 100).ok();
+    }
+    if let Some(number) = c_number(text) {
+        return Some(number);
+    }
+    let (digits, suffix) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let power = "kmgtpe".find(&suffix.to_ascii_lowercase())? as u32 + 1;
+    c_number(digits)?.checked_mul(1u64 << (10 * power))
+}
+
 fn id(text: &str) -> Option<u32> {
     c_number(text).and_then(|id| u32::try_from(id).ok()).filter(|id| *id != u32::MAX)
 }

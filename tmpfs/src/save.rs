@@ -18,6 +18,7 @@ use stillframe_pgalloc::{AsyncMemoryFileSave, FileRange, PageExtent, SaveError};
 use crate::encode::TreeWriter;
 use crate::entry::{Attributes, Kind, PathName, Timestamp, Xattr};
 use crate::id_map::{IdMap, Ids};
+use crate::private;
 use crate::walk::{Met, Walk};
 use crate::xattr::{self, Inode};
 
@@ -86,6 +87,41 @@ pub fn save_tree<W: Write>(
     memory: &AsyncMemoryFileSave<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
+    save(root, ids, Contents::Memory(memory), out)
+}
+
+/// Saves the tree of a filesystem on a filestore, which is frozen; its extents are offsets in the filestore, whose
+/// pages are saved as a whole ([`stillframe_pgalloc::MemoryFile::save_to`]).
+pub fn save_private_tree<W: Write>(
+    root: &File,
+    ids: &Ids,
+    out: W,
+) -> Result<(W, TreeSummary), SaveTreeError> {
+    save(root, ids, Contents::Private, out)
+}
+
+/// The archive of a filesystem's tree, without extents.
+pub(crate) fn save_listing(root: &File, ids: &Ids) -> Result<Vec<u8>, SaveTreeError> {
+    Ok(save(root, ids, Contents::LeftOut, Vec::new())?.0)
+}
+
+/// Where a regular file's contents are.
+#[derive(Clone, Copy)]
+enum Contents<'a> {
+    /// In memory: they are saved one by one.
+    Memory(&'a AsyncMemoryFileSave<'a>),
+    /// In a filestore: only their places are.
+    Private,
+    /// Not asked for.
+    LeftOut,
+}
+
+fn save<W: Write>(
+    root: &File,
+    ids: &Ids,
+    contents: Contents<'_>,
+    out: W,
+) -> Result<(W, TreeSummary), SaveTreeError> {
     let mut writer = TreeWriter::new(out);
     let mut summary = TreeSummary::default();
     let mut first_names: HashMap<u64, Vec<u8>> = HashMap::new();
@@ -108,7 +144,7 @@ pub fn save_tree<W: Write>(
             }
             first_names.insert(met.stat.stx_ino, met.path.to_vec());
         }
-        let (kind, xattrs) = Object { met: &met, memory }.read()?;
+        let (kind, xattrs) = Object { met: &met, contents }.read()?;
         if let Kind::File { size, extents } = &kind {
             summary.files += 1;
             summary.logical_bytes = summary.logical_bytes.saturating_add(*size);
@@ -147,7 +183,7 @@ fn to_container(attributes: &mut Attributes, ids: &Ids) -> Result<(), u32> {
 /// One object on the walk, with what it takes to read it.
 struct Object<'a> {
     met: &'a Met<'a>,
-    memory: &'a AsyncMemoryFileSave<'a>,
+    contents: Contents<'a>,
 }
 
 impl Object<'_> {
@@ -203,8 +239,15 @@ impl Object<'_> {
         if size == 0 {
             return Ok(Vec::new());
         }
+        let memory = match self.contents {
+            Contents::Memory(memory) => memory,
+            Contents::Private => {
+                return private::extents(file, size).map_err(self.fail("find the blocks of"));
+            }
+            Contents::LeftOut => return Ok(Vec::new()),
+        };
         let whole = FileRange::new(0, size).expect("a file begins at 0");
-        self.memory
+        memory
             .write_range(file, whole)
             .map_err(|source| SaveTreeError::Pages { path: PathName(self.met.path.to_vec()), source })
     }

@@ -332,7 +332,7 @@ fn only_the_root_of_a_tmpfs_is_opened() {
             mount::open_root(path).map(drop).expect_err("refused"),
             mount::usage(path).map(drop).expect_err("refused"),
         ] {
-            assert!(matches!(error, MountError::NotTmpfs { what: named, .. } if named == what), "{error}");
+            assert!(matches!(error, MountError::NotOurs { what: named, .. } if named == what), "{error}");
         }
     }
     for name in ["link", "missing"] {

@@ -156,3 +156,24 @@ fn a_malformed_value_is_refused_by_name() {
         assert!(error.to_string().contains(&format!("{option:?}")), "{error}");
     }
 }
+
+#[test]
+fn sizes_are_evaluated_as_memparse_does() {
+    for (text, want) in [
+        ("4096", Some(4096)),
+        ("64k", Some(65536)),
+        ("0x10M", Some(16 << 20)),
+        ("010k", Some(8192)),
+        ("2G", Some(2 << 30)),
+        ("50%", Some(500)),
+        ("150%", Some(1500)),
+        ("0", Some(0)),
+        ("15e", Some(15 << 60)),
+        ("16e", None),
+        ("", None),
+        ("k", None),
+        ("\u{e9}", None),
+    ] {
+        assert_eq!(bytes(text, 1000), want, "{text}");
+    }
+}
