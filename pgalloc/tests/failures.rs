@@ -244,21 +244,32 @@ fn a_full_disk_ends_a_save_with_an_error() {
 #[test]
 fn a_source_that_is_shorter_than_the_range_is_an_error_that_names_the_place() {
     let pages = tempfile::tempfile_in(MEMORY).unwrap();
-    let save = AsyncPagesFileSave::new(pages, SaveOptions::default()).unwrap();
+    let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions::default()).unwrap();
     let main = save.register_memory_file(&MemoryFile::main()).unwrap();
+    let mut ends = Vec::new();
     for (length, claimed) in [(0, 1), (10_000, 10_001), (10_000, 100_000), (1 << 20, (1 << 20) + 1)] {
         let source = data_file(length);
         let error = main.write_range(&source, range(claimed)).unwrap_err();
         assert!(matches!(error, SaveError::Truncated { offset, .. } if offset == length as u64), "{error}");
+        // Leaves data in a buffer that is used again.
+        main.write_range(&data_file(100_000), range(100_000)).unwrap();
         // A live file may do that.
-        let saved: u64 =
-            main.write_live_range(&source, range(claimed)).unwrap().iter().map(|extent| extent.length).sum();
+        let extents = main.write_live_range(&source, range(claimed)).unwrap();
+        let saved: u64 = extents.iter().map(|extent| extent.length).sum();
         assert_eq!(saved, (length as u64).next_multiple_of(PAGE_SIZE).min(claimed));
+        ends.extend(
+            extents.last().map(|last| (last.pages_offset.0 + length as u64 - last.file_offset, length)),
+        );
     }
     let unaligned = FileRange::new(10, 20).unwrap();
     assert!(matches!(main.write_range(&data_file(100), unaligned), Err(SaveError::Unaligned { .. })));
     // A source that can't be saved doesn't end the save.
     save.finish().unwrap();
+    for (end, length) in ends {
+        let mut rest = vec![1; (end.next_multiple_of(PAGE_SIZE) - end) as usize];
+        pages.read_exact_at(&mut rest, end).unwrap();
+        assert!(rest.iter().all(|&byte| byte == 0), "what is behind the end of the file of {length} bytes");
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::thread;
 use proptest::prelude::*;
 use stillframe_pgalloc::{
     AsyncPagesFileLoad, AsyncPagesFileSave, DigestTable, Direct, FileRange, LoadOptions, LoadTarget,
-    MemoryFile, PAGE_SIZE, PageExtent, PagesFileSummary, PagesMeta, SaveOptions, validate_extents,
+    MemoryFile, OnLoaded, PAGE_SIZE, PageExtent, PagesFileSummary, PagesMeta, SaveOptions, validate_extents,
 };
 
 #[path = "support/sys.rs"]
@@ -40,7 +40,15 @@ fn whole(file: &File) -> FileRange {
 
 /// Bytes that differ from page to page and file to file, never a zero.
 fn bytes(seed: usize, length: usize) -> Vec<u8> {
-    (0..length).map(|index| ((index / 4096 * 7 + index * 31 + seed * 13) % 251) as u8 + 1).collect()
+    let mut bytes = vec![(seed % 255) as u8 + 1; length];
+    for (index, page) in bytes.chunks_mut(PAGE_SIZE as usize).enumerate() {
+        // Not only the page's number: a page must not pass for that of another file at the same place.
+        let stamp = (index.wrapping_mul(0x0101_0001) ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+            | 0x0101_0101_0101_0101;
+        let (head, tail) = (stamp.to_le_bytes(), page.len().min(8));
+        page[..tail].copy_from_slice(&head[..tail]);
+    }
+    bytes
 }
 
 struct Saved {
@@ -91,7 +99,7 @@ impl Saved {
             .map(|(size, extents)| {
                 let file = file_in(MEMORY);
                 let (loaded, size) = (loaded.clone(), *size);
-                let on_loaded: stillframe_pgalloc::OnLoaded = Box::new(move |file| {
+                let on_loaded: OnLoaded = Box::new(move |file| {
                     loaded.fetch_add(1, Ordering::SeqCst);
                     file.set_len(size)
                 });
@@ -312,6 +320,29 @@ fn two_producers_at_once() {
             assert_same(source, &loaded);
         }
     }
+}
+
+#[test]
+fn on_loaded_runs_once_after_the_last_byte_of_its_file() {
+    let source = file_in(MEMORY);
+    source.write_all_at(&bytes(1, 20 << 20), 0).unwrap();
+    let saved = save(std::slice::from_ref(&source), MEMORY, SaveOptions::default());
+    let load =
+        AsyncPagesFileLoad::new(saved.pages.try_clone().unwrap(), saved.digests(), LoadOptions::default());
+    let load = load.unwrap();
+    let count = Arc::new(AtomicUsize::new(0));
+    for _ in 0..4 {
+        let (source, count) = (source.clone(), count.clone());
+        let on_loaded: OnLoaded = Box::new(move |file| {
+            assert_same(&source, file);
+            count.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        });
+        let (file, extents) = (file_in(MEMORY), saved.files[0].1.clone());
+        load.load_ranges_into(vec![LoadTarget { file, extents, on_loaded: Some(on_loaded) }]).unwrap();
+    }
+    load.finish().unwrap();
+    assert_eq!(count.load(Ordering::SeqCst), 4);
 }
 
 #[test]

@@ -205,7 +205,9 @@ mod tests {
     #[test]
     fn order_of_sending_is_order_of_offsets() {
         let (sender, receiver) = channel();
-        let tail = Tail::new(BufferPool::new(8192, 8), sender);
+        let gather_buffers = BufferPool::new(8192, 8);
+        gather_buffers.take().unwrap().fill(0xee);
+        let tail = Tail::new(gather_buffers, sender);
         let buffer = BufferPool::new(8192, 1).take().unwrap();
         let memory = PageMemory::Buffered(Arc::new(buffer));
         let mut extents = vec![];
@@ -213,8 +215,13 @@ mod tests {
         tail.append_segments(vec![(0, Segment { memory, start: 4096, length: 4096 })], &mut extents);
         tail.append_copies([(0, &[3u8; 1][..])].into_iter(), &mut extents).unwrap();
         assert_eq!(tail.close(), 5 * 4096);
-        let lengths: Vec<usize> = receiver.iter().flatten().map(|segment| segment.length).collect();
+        let segments: Vec<Segment> = receiver.iter().flatten().collect();
+        let lengths: Vec<usize> = segments.iter().map(|segment| segment.length).collect();
         assert_eq!(lengths, [8192, 4096, 4096, 4096]);
+        assert!(
+            segments[0].bytes()[5000..].iter().all(|&byte| byte == 0),
+            "a last page isn't filled up with zeros"
+        );
         assert_eq!(
             extents,
             [extent(0, 5000, 0), extent(16384, 4096, 8192), extent(0, 4096, 12288), extent(0, 1, 16384)]
