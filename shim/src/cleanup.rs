@@ -35,13 +35,15 @@ pub async fn delete(flags: &Flags) -> std::io::Result<DeleteResponse> {
     });
     let reaper = Reaper::start()?;
     let runc = Runc::new(&flags.namespace, &bundle, &options, reaper);
-    match tokio::time::timeout(RUNC, runc.delete(id, true)).await {
+    let deleted = tokio::time::timeout(RUNC, runc.delete(id, true)).await;
+    match &deleted {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => complain("runc delete --force", &error),
+        Ok(Err(error)) => complain("runc delete --force", error),
         Err(_) => eprintln!("runc delete --force takes more than {RUNC:?}"),
     }
-    // runc has no state where the shim died in the middle of a create, or where its own files are gone.
-    kill_init(pid, &bundle);
+    if !matches!(deleted, Ok(Ok(()))) && is_init_of(pid, id) {
+        drop(sys::kill(pid, libc::SIGKILL));
+    }
     if let Err(error) = rootfs::unmount(&rootfs::directory(&bundle)).await {
         complain("unmounting", &error);
     }
@@ -56,15 +58,11 @@ pub async fn delete(flags: &Flags) -> std::io::Result<DeleteResponse> {
     })
 }
 
-/// Kills the init where it is still the process that it was: one whose root is the bundle's... which only its mounts tell.
-fn kill_init(pid: i32, bundle: &Path) {
-    let rootfs = rootfs::directory(bundle).display().to_string();
-    let stage = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    // `runc init` waits in the middle of a create; nothing else is left once runc has deleted.
-    if stage.starts_with("runc\0init") {
-        drop(sys::kill(pid, libc::SIGKILL));
-        eprintln!("killed process {pid} of {rootfs}");
-    }
+/// Whether the process that init.pid names is still the container's, and not one that got its pid since: its cgroup, which both
+/// `ctr` and CRI name after the container.
+fn is_init_of(pid: i32, id: &str) -> bool {
+    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    cgroups.lines().any(|line| line.rsplit('/').next().is_some_and(|name| name.contains(id)))
 }
 
 async fn remove_filesystems(flags: &Flags) {

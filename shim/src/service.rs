@@ -292,3 +292,60 @@ impl Task for TaskService {
         .await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim::protos::ttrpc::{Code, Error};
+
+    use super::*;
+    use crate::events::Publisher;
+    use crate::reaper::Reaper;
+
+    fn service() -> (TaskService, Arc<ExitSignal>) {
+        let publisher = Publisher::start("/nonexistent/ttrpc".into(), "tests".into());
+        let shim = Shim { namespace: "tests".into(), reaper: Arc::new(Reaper::default()), publisher };
+        let exit = Arc::new(ExitSignal::default());
+        (TaskService::new(Arc::new(shim), exit.clone()), exit)
+    }
+
+    fn code(error: Error) -> Code {
+        let Error::RpcStatus(status) = error else { panic!("{error} has no code") };
+        status.code()
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer() {
+        let (service, _) = service();
+        let result = service.run("Checkpoint", "c", |_| async { panic!("on purpose") });
+        let error = TtrpcResult::<Empty>::unwrap_err(result.await);
+        assert!(error.to_string().contains("Checkpoint of container c"), "{error}");
+        assert_eq!(code(error), Code::INTERNAL);
+    }
+
+    #[tokio::test]
+    async fn a_create_that_fails_leaves_its_id_free() {
+        let (service, _) = service();
+        let bundle = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            let bundle = bundle.path().display().to_string();
+            let request = CreateTaskRequest { id: "c".into(), bundle, ..Default::default() };
+            let result = service.run("Create", "c", |inner| async move { inner.create(&request).await });
+            let error = result.await.unwrap_err();
+            // No config.json, and not ALREADY_EXISTS the second time.
+            assert!(error.to_string().contains("config.json"), "{error}");
+        }
+        assert!(service.0.containers().is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_id_is_taken_while_its_container_is_created() {
+        let (service, _) = service();
+        service.0.containers().insert("c".into(), None);
+        let request = CreateTaskRequest { id: "c".into(), ..Default::default() };
+        let created = service.run("Create", "c", |inner| async move { inner.create(&request).await }).await;
+        assert_eq!(code(created.unwrap_err()), Code::ALREADY_EXISTS);
+        // But there is nothing yet to ask.
+        assert!(matches!(service.0.get("c"), Err(TaskError::NoContainer)));
+        assert_eq!(service.0.containers().len(), 1, "somebody else's place was given up");
+    }
+}
