@@ -37,8 +37,9 @@ release: probe
 test: setup build
 	@log="$$CARGO_TARGET_DIR/test.log"; status=0; \
 	$(CARGO) test --workspace --no-fail-fast -- --show-output 2>&1 | tee "$$log" || status=$$?; \
-	echo; awk '/^test result:/ {passed += $$4; failed += $$6} /^SKIPPED: / {print; skipped++} \
-		END {printf "make test: %d passed, %d failed, %d skipped\n", passed - skipped, failed, skipped}' "$$log"; \
+	echo; awk '/^test result:/ {passed += $$4; failed += $$6; ignored += $$8} /^SKIPPED: / {print; skipped++} \
+		END {printf "make test: %d passed, %d failed, %d skipped, %d ignored\n", \
+			passed - skipped, failed, skipped, ignored}' "$$log"; \
 	exit $$status
 
 demo: setup release
