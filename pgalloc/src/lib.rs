@@ -23,7 +23,9 @@ pub use load::{AsyncPagesFileLoad, LoadError, LoadOptions, LoadSummary, LoadTarg
 pub use memory_file::MemoryFile;
 pub use meta::{MetaError, PagesMeta, PrivateMemoryFileMeta};
 pub use page::{ExtentError, FileRange, MAX_FILE_SIZE, PAGE_SIZE, PageExtent, PagesOffset, validate_extents};
-pub use save::{AsyncMemoryFileSave, AsyncPagesFileSave, PagesFileSummary, SaveError, SaveOptions};
+pub use save::{
+    AsyncMemoryFileSave, AsyncPagesFileSave, PagesFileSummary, SaveError, SaveOptions, SettledPagesFile,
+};
 
 /// Whether the pages file is read or written past the page cache (`O_DIRECT`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -10,7 +10,7 @@
 //! that saves at the same time, and 64 MiB of source files mapped and not yet written. Who wants more waits.
 //!
 //! **Still files.** [`AsyncMemoryFileSave::write_range`] takes large ranges straight from their mapping, without a
-//! copy, after it has returned. So the source must be *still* from the call until `finish`: neither written nor
+//! copy, after it has returned. So the source must be *still* from the call until `settle`: neither written nor
 //! truncated. A write makes its chunk's digest one of bytes that were not written (found when it is loaded); a
 //! truncation is an error naming the offset if it comes before the pages are mapped, and SIGBUS, which kills the
 //! process, if it comes between mapping and writing. Files are still while all who can write to them are frozen; a
@@ -156,20 +156,29 @@ impl AsyncPagesFileSave {
         Ok(AsyncMemoryFileSave { pages: self })
     }
 
-    /// Waits for all writes, sets the pages file's length, makes it durable (fsync(2)).
+    /// Waits for all writes. From then on the sources may change: what is left to do needs none of them.
     ///
     /// # Errors
     ///
     /// The first error of the save.
-    pub fn finish(mut self) -> Result<PagesFileSummary, SaveError> {
+    pub fn settle(mut self) -> Result<SettledPagesFile, SaveError> {
         let length = self.tail.close();
         let (pages_file, digests) = self.join().expect("the writer is joined once, and doesn't panic");
         self.check()?;
-        pages_file.finish(length)?;
         assert_eq!(digests.pages_length(), length, "the writer has taken all that was appended");
         let (zero_bytes, data_bytes) =
             (self.zero_bytes.load(Ordering::Relaxed), self.data_bytes.load(Ordering::Relaxed));
-        Ok(PagesFileSummary { length, digests, zero_bytes, data_bytes })
+        let summary = PagesFileSummary { length, digests, zero_bytes, data_bytes };
+        Ok(SettledPagesFile { pages_file, summary })
+    }
+
+    /// [Settles](Self::settle) the save, sets the pages file's length, makes it durable (fsync(2)).
+    ///
+    /// # Errors
+    ///
+    /// The first error of the save.
+    pub fn finish(self) -> Result<PagesFileSummary, SaveError> {
+        self.settle()?.finish()
     }
 
     fn join(&mut self) -> Option<(PagesFile, DigestTable)> {
@@ -181,6 +190,30 @@ impl AsyncPagesFileSave {
     }
 }
 
+/// A pages file that holds everything, but isn't durable yet.
+#[derive(Debug)]
+pub struct SettledPagesFile {
+    pages_file: PagesFile,
+    summary: PagesFileSummary,
+}
+
+impl SettledPagesFile {
+    /// What was saved.
+    pub fn summary(&self) -> &PagesFileSummary {
+        &self.summary
+    }
+
+    /// Sets the pages file's length and makes it durable (fsync(2)).
+    ///
+    /// # Errors
+    ///
+    /// That fails.
+    pub fn finish(self) -> Result<PagesFileSummary, SaveError> {
+        self.pages_file.finish(self.summary.length)?;
+        Ok(self.summary)
+    }
+}
+
 impl Drop for AsyncPagesFileSave {
     fn drop(&mut self) {
         self.tail.close();
@@ -189,7 +222,7 @@ impl Drop for AsyncPagesFileSave {
 }
 
 impl AsyncMemoryFileSave<'_> {
-    /// Saves `range` of `source`, which starts at a page and is still until the save is finished (see the module).
+    /// Saves `range` of `source`, which starts at a page and is still until the save is settled (see the module).
     ///
     /// Returns, before they are written, where its pages that aren't zero will be in the pages file: ascending and
     /// merged where contiguous; none for holes and for pages of zeros. If the range ends inside a page, that page

@@ -1,4 +1,4 @@
-//! Taking a checkpoint: freeze, save every selected filesystem, thaw, commit.
+//! Taking a checkpoint: freeze, read every selected filesystem, thaw, make durable, commit.
 //!
 //! Nothing of the container is changed: its filesystems are read through read-only views, and whatever
 //! fails, it is thawed (if it was frozen here) and what was written of the image is removed. The image
@@ -10,14 +10,17 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
-use stillframe_pgalloc::{AsyncPagesFileSave, Direct, MemoryFile, PagesMeta, SaveError, SaveOptions};
+use stillframe_pgalloc::{
+    AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, PagesMeta, SaveError, SaveOptions,
+    SettledPagesFile,
+};
 use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::mount::{MountError, open_view};
 use stillframe_tmpfs::save::{SaveTreeError, save_tree};
 
 use crate::freezer::{Cgroup, FREEZE_TIMEOUT, FreezeError};
 use crate::image::{self, ImageError, ImageWriter, PartWriter};
-use crate::manifest::{Manifest, Offsets, SavedContainer, SavedFilesystem};
+use crate::manifest::{Manifest, Offsets, Part, SavedContainer, SavedFilesystem};
 use crate::process;
 use crate::selector::Selector;
 use crate::state::{ContainerRecord, FilesystemRecord, Locked, StateDir, StateError};
@@ -161,27 +164,20 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
 
     let freezing = Instant::now();
     let frozen = cgroup.freeze(FREEZE_TIMEOUT)?;
-    let saved = save(dir, &container, &selected, &image, request);
-    // Kept frozen if it is to be killed: whatever fails before that thaws it.
-    let (frozen, frozen_for) =
-        if request.kill { (Some(frozen), None) } else { (None, Some(freezing.elapsed())) };
-    let mut saved = saved?;
-
-    let meta = PagesMeta {
-        pages_length: saved.pages_bytes,
-        digests: std::mem::take(&mut saved.digests),
-        private: Vec::new(),
+    let saved = save(&container, &selected, &image, request)?;
+    // What is to be killed isn't thawed before; whatever fails until then thaws it.
+    let (frozen, thawed_after) = if request.kill {
+        (Some(frozen), None)
+    } else {
+        drop(frozen);
+        (None, Some(freezing.elapsed()))
     };
-    let meta = meta.encode();
-    image.write(image::META, &meta)?;
-    let mut manifest = saved.manifest;
-    manifest.meta = crate::manifest::Part::of(&meta);
-    image.commit(&manifest)?;
+    let (manifest, pages) = commit(saved, &container, image, request)?;
     if request.kill {
         process::kill(init).map_err(|source| CheckpointError::Kill { pid: init.pid, source })?;
     }
     drop(frozen);
-    let frozen_for = frozen_for.unwrap_or_else(|| freezing.elapsed());
+    let frozen_for = thawed_after.unwrap_or_else(|| freezing.elapsed());
 
     let sum = |count: fn(&SavedFilesystem) -> u64| {
         manifest.filesystems.iter().map(count).fold(0, u64::saturating_add)
@@ -192,8 +188,8 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
         files: sum(|filesystem| filesystem.files),
         entries: sum(|filesystem| filesystem.entries),
         logical_bytes: sum(|filesystem| filesystem.logical_bytes),
-        pages_bytes: saved.pages_bytes,
-        zero_bytes: saved.zero_bytes,
+        pages_bytes: pages.length,
+        zero_bytes: pages.zero_bytes,
         unlinked,
         frozen_ms: milliseconds(frozen_for),
         total_ms: milliseconds(begun.elapsed()),
@@ -258,24 +254,21 @@ fn count_unlinked(cgroup: &Cgroup, selected: &[Selected]) -> Unlinked {
     unlinked::count(&cgroup.processes(), &devices.collect::<Vec<_>>())
 }
 
-/// What was saved within the freeze.
+/// What was read within the freeze, and needs the container no more.
 struct Saved {
-    /// Complete but for `meta`.
-    manifest: Manifest,
-    digests: stillframe_pgalloc::DigestTable,
-    pages_bytes: u64,
-    zero_bytes: u64,
+    pages: SettledPagesFile,
+    tree: PartWriter,
+    filesystems: Vec<SavedFilesystem>,
 }
 
+/// Reads the filesystems; nothing is durable yet.
 fn save(
-    dir: &StateDir,
     container: &ContainerRecord,
     selected: &[Selected],
     image: &ImageWriter,
     request: &CheckpointRequest,
 ) -> Result<Saved, CheckpointError> {
-    let pages_failed =
-        |source| CheckpointError::Pages { path: request.image_path.join(image::PAGES), source };
+    let pages_failed = |source| pages_failed(request, source);
     let options = SaveOptions { direct: request.direct, ..SaveOptions::default() };
     let pages = AsyncPagesFileSave::new(image.file(image::PAGES)?, options).map_err(pages_failed)?;
     let memory_file = MemoryFile::main();
@@ -302,25 +295,38 @@ fn save(
             data_bytes: summary.data_bytes,
         });
     }
-    let summary = pages.finish().map_err(pages_failed)?;
-    let tree = tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
-    tracing::debug!(sandbox = %dir.path().display(), filesystems = filesystems.len(), "filesystems saved");
+    let pages = pages.settle().map_err(pages_failed)?;
+    Ok(Saved { pages, tree, filesystems })
+}
+
+/// Makes the parts durable and the directory an image.
+fn commit(
+    saved: Saved,
+    container: &ContainerRecord,
+    image: ImageWriter,
+    request: &CheckpointRequest,
+) -> Result<(Manifest, PagesFileSummary), CheckpointError> {
+    let pages = saved.pages.finish().map_err(|source| pages_failed(request, source))?;
+    let tree = saved.tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
+    let meta = PagesMeta { pages_length: pages.length, digests: pages.digests.clone(), private: Vec::new() };
+    let meta = meta.encode();
+    image.write(image::META, &meta)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let manifest = Manifest {
         stillframe: env!("CARGO_PKG_VERSION").to_owned(),
         created: now.as_secs(),
         tree,
-        meta: crate::manifest::Part::of(&[]),
-        pages_length: summary.length,
+        meta: Part::of(&meta),
+        pages_length: pages.length,
         containers: vec![SavedContainer { name: container.name.clone(), named: container.named }],
-        filesystems,
+        filesystems: saved.filesystems,
     };
-    Ok(Saved {
-        manifest,
-        digests: summary.digests,
-        pages_bytes: summary.length,
-        zero_bytes: summary.zero_bytes,
-    })
+    image.commit(&manifest)?;
+    Ok((manifest, pages))
+}
+
+fn pages_failed(request: &CheckpointRequest, source: SaveError) -> CheckpointError {
+    CheckpointError::Pages { path: request.image_path.join(image::PAGES), source }
 }
 
 fn options_text(record: &FilesystemRecord) -> String {
