@@ -175,8 +175,28 @@ impl Drop for Birth {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
+    use std::sync::OnceLock;
+
     use super::*;
+
+    /// The one reaper of the test process: two would collect each other's children. It has a runtime of its own, since a
+    /// test's ends with the test.
+    pub fn shared() -> Arc<Reaper> {
+        static SHARED: OnceLock<Arc<Reaper>> = OnceLock::new();
+        let start = || {
+            let (sender, reaper) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    sender.send(Reaper::start().unwrap()).unwrap();
+                    std::future::pending::<()>().await
+                })
+            });
+            reaper.recv().unwrap()
+        };
+        SHARED.get_or_init(start).clone()
+    }
 
     fn exit(code: u8) -> Exit {
         Exit::now(code)
@@ -221,10 +241,9 @@ mod tests {
         assert_eq!(Exit { status: ExitStatus::from_raw(34 | 0x80), at }.code(), 162);
     }
 
-    // One test for everything with children: wait4(-1) collects those of the whole test process.
     #[tokio::test]
     async fn children_are_collected_whatever_kills_them() {
-        let reaper = Reaper::start().unwrap();
+        let reaper = shared();
         let mut command = Command::new("sh");
         let (_, exit) = reaper.spawn(command.args(["-c", "exit 7"])).unwrap();
         assert_eq!(exit.await.unwrap().code(), 7);

@@ -354,3 +354,53 @@ fn fifo(path: &str) -> impl Fn(containerd_shim::Error) -> StdioError {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().expect("stdio is never left half-changed")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reaper::tests::shared;
+
+    const OWNER: Owner<'_> = Owner { id: "c", namespace: "ns", uid: 0, gid: 0 };
+
+    /// Runs `script` with the stdio as runc would be run, then deletes the process.
+    async fn run(stdio: &Stdio, script: &str) {
+        let io = ProcessIo::open(stdio, &OWNER, &shared()).await.unwrap();
+        let mut command = runc::Command::new("sh");
+        command.args(["-c", script]);
+        let driver = io.driver().unwrap();
+        driver.set(&mut command).await.unwrap();
+        let (_, exit) = shared().spawn(command.as_std_mut()).unwrap();
+        drop(command);
+        driver.close_after_start().await;
+        drop(driver);
+        io.attach().await.unwrap();
+        assert_eq!(exit.await.unwrap().code(), 0);
+        io.shutdown().await;
+    }
+
+    #[tokio::test]
+    async fn a_file_has_both_streams_appended_when_the_process_is_deleted() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("new/log");
+        let uri = format!("file://{}", log.display());
+        let stdio = Stdio::new("", &uri, &uri, false);
+        run(&stdio, "echo out; echo err >&2").await;
+        run(&stdio, "head -c 1000000 /dev/zero | tr '\\0' x").await;
+        let text = std::fs::read_to_string(&log).unwrap();
+        assert!(text.contains("out\n") && text.contains("err\n"));
+        assert_eq!(text.len(), 8 + 1_000_000);
+    }
+
+    #[tokio::test]
+    async fn a_plain_file_is_appended_to_as_well() {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&log, "before\n").unwrap();
+        run(&Stdio::new("", log.path().to_str().unwrap(), "", false), "echo out").await;
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "before\nout\n");
+    }
+
+    #[tokio::test]
+    async fn stdio_that_nobody_wants_is_null() {
+        run(&Stdio::default(), "echo into the void; echo error >&2").await;
+    }
+}

@@ -18,6 +18,9 @@ use tokio::sync::{Mutex, oneshot};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::uri::Binary;
 
+/// How long it may take to end by itself, having seen the end of both streams. containerd-shim-runc-v2 sends SIGTERM at once,
+/// which costs a binary that doesn't expect it the last lines.
+const GRACE: Duration = Duration::from_millis(100);
 /// How long it may take to flush after SIGTERM (binaryIOProcTermTimeout).
 const TERMINATION: Duration = Duration::from_secs(12);
 
@@ -100,11 +103,60 @@ impl Logger {
     /// end of both streams unless some other process holds them.
     pub async fn stop(&self) {
         let Some(mut exit) = self.exit.lock().await.take() else { return };
+        if tokio::time::timeout(GRACE, &mut exit).await.is_ok() {
+            return;
+        }
         drop(self.reaper.kill(self.pid, libc::SIGTERM));
         if tokio::time::timeout(TERMINATION, &mut exit).await.is_err() {
             tracing::warn!(pid = self.pid, "a logging binary ignores SIGTERM, killing it");
             drop(self.reaper.kill(self.pid, libc::SIGKILL));
             drop(exit.await);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+
+    use super::*;
+    use crate::reaper::tests::shared;
+
+    fn shell(script: &str) -> Binary {
+        Binary { path: "/bin/sh".into(), arguments: vec!["-c".into(), script.into()] }
+    }
+
+    #[tokio::test]
+    async fn a_binary_reads_both_streams_to_their_end_and_knows_whose_they_are() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("log");
+        let script = format!(
+            "exec >{} 5>&-; trap 'echo end; exit' TERM; echo $CONTAINER_NAMESPACE/$CONTAINER_ID; cat <&3; cat <&4; \
+             while :; do sleep 0.01; done",
+            log.display()
+        );
+        let (logger, stdout, stderr) = Logger::start(&shell(&script), "c", "ns", &shared()).await.unwrap();
+        File::from(stdout).write_all(b"out\n").unwrap();
+        File::from(stderr).write_all(b"err\n").unwrap();
+        // Both ends have been seen; it goes on until it is told to end.
+        while std::fs::read_to_string(&log).is_ok_and(|text| !text.ends_with("err\n")) {
+            tokio::task::yield_now().await;
+        }
+        logger.stop().await;
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "ns/c\nout\nerr\nend\n");
+        logger.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_binary_that_fails_is_an_error() {
+        let error = Logger::start(&shell("exit 3"), "c", "ns", &shared()).await.unwrap_err();
+        assert!(matches!(error, BinaryError::Died { code: 3, .. }), "{error}");
+        let missing = Binary { path: "/nonexistent".into(), arguments: Vec::new() };
+        let error = Logger::start(&missing, "c", "ns", &shared()).await.unwrap_err();
+        assert!(
+            matches!(error, BinaryError::Spawn { .. }) && error.to_string().contains("/nonexistent"),
+            "{error}"
+        );
     }
 }
