@@ -7,12 +7,15 @@
 //! file and the pages file. Memory is proportional to the archive. An error names the entry and its
 //! offset in the archive.
 
-use std::collections::HashMap;
-use std::io::Read;
+use std::borrow::Cow;
+use std::hash::{BuildHasher, RandomState};
 
+use hashbrown::HashTable;
 use stillframe_pgalloc::{ExtentError, validate_extents};
-use tar::{Archive, EntryType, Header};
+use tar::{EntryType, Header};
 
+use crate::acl::{self, AclError};
+use crate::archive::{BLOCK, TRAILER};
 use crate::entry::{Attributes, Entry, KEPT_FLAGS, Kind, PathName, Tree, Xattr};
 use crate::pax;
 use crate::record::FileRecord;
@@ -21,9 +24,6 @@ use crate::record::FileRecord;
 const NAME_MAX: usize = 255;
 /// Longest target of a symbolic link (PATH_MAX without its NUL).
 const TARGET_MAX: usize = 4095;
-/// An archive ends with two zero blocks.
-const TRAILER: u64 = 1024;
-const BLOCK: u64 = 512;
 
 /// Why an archive isn't a tree.
 #[derive(Debug, thiserror::Error)]
@@ -42,8 +42,10 @@ pub struct TreeError {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum TreeFault {
-    #[error("the tar header can't be read: {0}")]
-    Tar(#[source] std::io::Error),
+    #[error("the tar header's checksum is wrong: the header is damaged")]
+    Checksum,
+    #[error("its body reaches behind the end of the archive")]
+    Truncated,
     #[error("the archive doesn't end with its trailer here: it is truncated or has bytes behind its end")]
     Trailer,
     #[error("the extended header isn't well-formed")]
@@ -72,45 +74,59 @@ pub enum TreeFault {
     Flags(u32),
     #[error("the xattr name \"{0}\" is empty, too long or given twice")]
     Xattr(PathName),
+    #[error("the POSIX ACL {key}: {source}")]
+    Acl {
+        key: PathName,
+        #[source]
+        source: AclError,
+    },
     #[error(transparent)]
     Extents(#[from] ExtentError),
 }
 
 /// Decodes one archive whose extents refer to a pages file of `pages_length` bytes.
 pub fn decode_tree(archive: &[u8], pages_length: u64) -> Result<Tree, TreeError> {
-    let mut decoder =
-        Decoder { pages_length, tree: Tree::default(), names: HashMap::new(), path: Vec::new() };
-    let mut reader = Archive::new(archive);
-    let mut extended: Option<Vec<u8>> = None;
-    let mut end = 0;
-    let fail = |entry: &[u8], offset, fault| TreeError { entry: PathName(entry.to_vec()), offset, fault };
-    let entries = reader.entries().map_err(|e| fail(b"", 0, TreeFault::Tar(e)))?;
-    for entry in entries.raw(true) {
-        let mut entry = entry.map_err(|e| fail(b"", end, TreeFault::Tar(e)))?;
-        let offset = entry.raw_header_position();
-        let mut body = Vec::new();
-        let name = entry.header().path_bytes().into_owned();
-        entry.read_to_end(&mut body).map_err(|e| fail(&name, offset, TreeFault::Tar(e)))?;
-        // Both are at most the archive's length, or the body could not have been read.
-        end = entry.raw_file_position() + (body.len() as u64).next_multiple_of(BLOCK);
-        if body.len() as u64 != entry.size() {
-            return Err(fail(&name, offset, TreeFault::Trailer));
+    let mut decoder = Decoder {
+        pages_length,
+        tree: Tree::default(),
+        names: HashTable::new(),
+        hasher: RandomState::new(),
+        path: Vec::new(),
+    };
+    let mut extended: Option<&[u8]> = None;
+    let mut at = 0;
+    let fail = |entry: &[u8], offset, fault| TreeError {
+        entry: PathName(entry.to_vec()),
+        offset: offset as u64,
+        fault,
+    };
+    while let Some(block) = archive.get(at..at + BLOCK).filter(|block| **block != TRAILER[..BLOCK]) {
+        let header = Header::from_byte_slice(block);
+        let (name, offset) = (header.path_bytes(), at);
+        let sum = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+        // The checksum's own field counts as spaces.
+        let found = sum(&block[..148]) + 8 * u32::from(b' ') + sum(&block[156..]);
+        if header.cksum().ok() != Some(found) {
+            return Err(fail(&name, offset, TreeFault::Checksum));
         }
-        let header = entry.header();
+        let size = header.entry_size().ok().and_then(|size| usize::try_from(size).ok());
+        let body = size.and_then(|size| archive[at + BLOCK..].get(..size));
+        let body = body.ok_or_else(|| fail(&name, offset, TreeFault::Truncated))?;
+        // No overflow: both are at most the archive's length.
+        at += BLOCK + body.len().next_multiple_of(BLOCK);
         if header.entry_type() == EntryType::XHeader {
             if extended.replace(body).is_some() {
                 return Err(fail(&name, offset, TreeFault::Pax));
             }
             continue;
         }
-        let records = extended.take().unwrap_or_default();
-        let records = pax::parse(&records).ok_or_else(|| fail(&name, offset, TreeFault::Pax))?;
-        let name = records.iter().find(|(key, _)| *key == b"path").map_or(name, |(_, value)| value.to_vec());
-        decoder.add(header, &name, &records, &body).map_err(|fault| fail(&name, offset, fault))?;
+        let records = pax::parse(extended.take().unwrap_or_default());
+        let records = records.ok_or_else(|| fail(&name, offset, TreeFault::Pax))?;
+        let path = records.iter().find(|(key, _)| *key == b"path").map_or(&*name, |(_, value)| *value);
+        decoder.add(header, path, &records, body).map_err(|fault| fail(path, offset, fault))?;
     }
-    let rest = usize::try_from(end).ok().and_then(|end| archive.get(end..)).unwrap_or_default();
-    if extended.is_some() || rest.len() as u64 != TRAILER || rest.iter().any(|b| *b != 0) {
-        return Err(fail(b"", end, TreeFault::Trailer));
+    if extended.is_some() || archive.get(at..) != Some(&TRAILER) {
+        return Err(fail(b"", at.min(archive.len()), TreeFault::Trailer));
     }
     if decoder.tree.entries.is_empty() {
         return Err(fail(b"", 0, TreeFault::Root));
@@ -121,11 +137,13 @@ pub fn decode_tree(archive: &[u8], pages_length: u64) -> Result<Tree, TreeError>
 struct Decoder {
     pages_length: u64,
     tree: Tree,
-    /// (parent, name) of each entry to its index.
-    names: HashMap<(usize, Vec<u8>), usize>,
-    /// The directories from the root to the last entry's parent, as (name, index): the next entry's
+    /// Indices of the entries, found by parent and name, which are in the tree.
+    names: HashTable<usize>,
+    /// Names are whatever an image says, so the hash has a secret.
+    hasher: RandomState,
+    /// The directories from the root to the last entry's parent, by index: the next entry's
     /// parent is nearly always among them.
-    path: Vec<(Vec<u8>, usize)>,
+    path: Vec<usize>,
 }
 
 impl Decoder {
@@ -138,17 +156,20 @@ impl Decoder {
     ) -> Result<(), TreeFault> {
         let find = |key: &str| records.iter().find(|(k, _)| *k == key.as_bytes()).map(|(_, value)| *value);
         let index = self.tree.entries.len();
-        let components = components(name)?;
-        let (parent, name) = match components.split_last() {
-            None if index == 0 => (0, Vec::new()),
-            None => return Err(TreeFault::Duplicate),
-            Some(_) if index == 0 => return Err(TreeFault::Root),
-            Some((last, parents)) => (self.directory(parents).ok_or(TreeFault::Parent)?, last.to_vec()),
-        };
+        let path = relative(name)?;
+        if (index == 0) != path.is_empty() {
+            return Err(if index == 0 { TreeFault::Root } else { TreeFault::Duplicate });
+        }
+        let slash = path.iter().rposition(|b| *b == b'/');
+        let name = &path[slash.map_or(0, |slash| slash + 1)..];
+        if index != 0 && (slash == Some(0) || !is_component(name)) {
+            return Err(TreeFault::Name);
+        }
+        let parent = self.directory(&path[..slash.unwrap_or(0)])?;
 
-        let linkname = || {
-            find("linkpath")
-                .map_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned(), <[u8]>::to_vec)
+        let linkname = || match find("linkpath") {
+            Some(path) => Cow::Borrowed(path),
+            None => header.link_name_bytes().unwrap_or_default(),
         };
         let mut attributes = decode_attributes(header, &find)?;
         let kind = match header.entry_type() {
@@ -159,7 +180,7 @@ impl Decoder {
                 Some(_) => return Err(TreeFault::Field(pax::TYPE)),
             },
             EntryType::Symlink => {
-                let target = linkname();
+                let target = linkname().into_owned();
                 if target.is_empty() || target.len() > TARGET_MAX || target.contains(&0) {
                     return Err(TreeFault::Target);
                 }
@@ -193,36 +214,63 @@ impl Decoder {
         if attributes.flags & !may_have != 0 {
             return Err(TreeFault::Flags(attributes.flags));
         }
-        if index != 0 && self.names.insert((parent, name.clone()), index).is_some() {
+        if index != 0 && self.child(parent, name).is_some() {
             return Err(TreeFault::Duplicate);
         }
-        self.tree.entries.push(Entry { parent, name, kind, attributes });
+        self.tree.entries.push(Entry { parent, name: name.to_vec(), kind, attributes });
+        if index != 0 {
+            let Self { names, hasher, tree, .. } = self;
+            let hash = |index: &usize| {
+                let entry = &tree.entries[*index];
+                hasher.hash_one((entry.parent, entry.name.as_slice()))
+            };
+            names.insert_unique(hash(&index), index, hash);
+        }
         Ok(())
     }
 
-    /// The directory at a path of components, if there is one.
-    fn directory(&mut self, components: &[&[u8]]) -> Option<usize> {
-        let same = self.path.iter().zip(components).take_while(|((name, _), part)| name == *part).count();
-        self.path.truncate(same);
-        for part in &components[same..] {
-            let parent = self.path.last().map_or(0, |(_, index)| *index);
-            let index = *self.names.get(&(parent, part.to_vec()))?;
-            if self.tree.entries[index].kind != Kind::Directory {
-                return None;
+    /// The entry of that name in a directory.
+    fn child(&self, parent: usize, name: &[u8]) -> Option<usize> {
+        let is_it = |index: &usize| {
+            let entry = &self.tree.entries[*index];
+            entry.parent == parent && entry.name == name
+        };
+        self.names.find(self.hasher.hash_one((parent, name)), is_it).copied()
+    }
+
+    /// The directory at a path.
+    fn directory(&mut self, path: &[u8]) -> Result<usize, TreeFault> {
+        let mut parts = split(path).peekable();
+        let mut same = 0;
+        while let (Some(part), Some(index)) = (parts.peek(), self.path.get(same)) {
+            if self.tree.entries[*index].name != *part {
+                break;
             }
-            self.path.push((part.to_vec(), index));
+            parts.next();
+            same += 1;
         }
-        Some(self.path.last().map_or(0, |(_, index)| *index))
+        self.path.truncate(same);
+        if parts.clone().any(|part| !is_component(part)) {
+            return Err(TreeFault::Name);
+        }
+        for part in parts {
+            let parent = self.path.last().copied().unwrap_or(0);
+            let index = self.child(parent, part).ok_or(TreeFault::Parent)?;
+            if self.tree.entries[index].kind != Kind::Directory {
+                return Err(TreeFault::Parent);
+            }
+            self.path.push(index);
+        }
+        Ok(self.path.last().copied().unwrap_or(0))
     }
 
     fn link_target(&self, path: &[u8]) -> Result<usize, TreeFault> {
         let bad = || TreeFault::Link(PathName(path.to_vec()));
         let mut at = 0;
-        let parts = components(path).map_err(|_| bad())?;
-        for part in &parts {
-            at = *self.names.get(&(at, part.to_vec())).ok_or_else(bad)?;
+        for part in split(relative(path).map_err(|_| bad())?) {
+            at = self.child(at, part).ok_or_else(bad)?;
         }
-        match self.tree.entries[at].kind {
+        match self.tree.entries.get(at).ok_or_else(bad)?.kind {
             Kind::Directory => Err(bad()),
             Kind::HardLink { target } => Ok(target),
             _ => Ok(at),
@@ -230,18 +278,19 @@ impl Decoder {
     }
 }
 
-/// The components of an archive's name: `./` has none, `./a/b` and `./a/b/` have two.
-fn components(name: &[u8]) -> Result<Vec<&[u8]>, TreeFault> {
-    let name = name.strip_prefix(b"./").ok_or(TreeFault::Name)?;
-    let name = name.strip_suffix(b"/").unwrap_or(name);
-    if name.is_empty() {
-        return Ok(Vec::new());
-    }
-    let bad = |part: &&[u8]| {
-        part.is_empty() || *part == b"." || *part == b".." || part.len() > NAME_MAX || part.contains(&0)
-    };
-    let parts: Vec<&[u8]> = name.split(|b| *b == b'/').collect();
-    if parts.iter().any(bad) { Err(TreeFault::Name) } else { Ok(parts) }
+/// The path of an archive's name, without `./` before and `/` behind it; empty for the root.
+fn relative(name: &[u8]) -> Result<&[u8], TreeFault> {
+    let path = name.strip_prefix(b"./").ok_or(TreeFault::Name)?;
+    Ok(path.strip_suffix(b"/").filter(|path| !path.is_empty()).unwrap_or(path))
+}
+
+/// The components of a path; none of an empty one.
+fn split(path: &[u8]) -> impl Iterator<Item = &[u8]> + Clone {
+    path.split(|b| *b == b'/').filter(move |_| !path.is_empty())
+}
+
+fn is_component(name: &[u8]) -> bool {
+    !name.is_empty() && name != b"." && name != b".." && name.len() <= NAME_MAX && !name.contains(&0)
 }
 
 fn decode_attributes<'a>(
@@ -291,13 +340,16 @@ fn decode_file(body: &[u8], pages_length: u64, attributes: &mut Attributes) -> R
 }
 
 fn decode_xattrs(records: &[(&[u8], &[u8])]) -> Result<Vec<Xattr>, TreeFault> {
-    let mut xattrs: Vec<Xattr> = records
-        .iter()
-        .filter_map(|(key, value)| {
-            let name = key.strip_prefix(pax::XATTR.as_bytes())?;
-            Some(Xattr { name: pax::xattr_name(name), value: value.to_vec() })
-        })
-        .collect();
+    let mut xattrs: Vec<Xattr> = Vec::new();
+    for (key, value) in records {
+        if let Some(name) = key.strip_prefix(pax::XATTR.as_bytes()) {
+            xattrs.push(Xattr { name: pax::xattr_name(name), value: value.to_vec() });
+        } else if let Some(name) = acl::xattr_name(key) {
+            let value = acl::from_text(value)
+                .map_err(|source| TreeFault::Acl { key: PathName(key.to_vec()), source })?;
+            xattrs.push(Xattr { name: name.to_vec(), value });
+        }
+    }
     xattrs.sort();
     let bad = |name: &[u8]| name.is_empty() || name.len() > NAME_MAX || name.contains(&0);
     for (index, xattr) in xattrs.iter().enumerate() {

@@ -59,8 +59,21 @@ fn rename(archive: Vec<u8>, from: &[u8], to: &[u8]) -> Vec<u8> {
 fn names_that_lead_elsewhere_are_refused() {
     let file = archive(child(b"victim", Kind::Fifo));
     assert!(decode_tree(&file, PAGES).is_ok());
-    for bad in ["/etc/passwd", "../x", "./../x", "./a/../x", "./a//x", "./.", "./..", "x", ".", "..", ".//x"]
-    {
+    for bad in [
+        "/etc/passwd",
+        "../x",
+        "./../x",
+        "./a/../x",
+        "./a//x",
+        "./.",
+        "./..",
+        "x",
+        ".",
+        "..",
+        ".//x",
+        ".//",
+        "./a//",
+    ] {
         assert!(
             matches!(fault(&rename(file.clone(), b"./victim", bad.as_bytes())), TreeFault::Name),
             "{bad}"
@@ -184,6 +197,31 @@ fn the_offset_of_a_bad_entry_is_told() {
     assert_eq!((error.offset, error.entry.to_string().as_str()), (512 * 8, "./bad"));
 }
 
+#[test]
+fn acls_are_text_and_bad_text_is_refused() {
+    let acl = acl::from_text(b"user::rw-,user:1:r--,group::r--,mask::r--,other::---").unwrap();
+    let mut entry = child(b"f", Kind::File { size: 0, extents: vec![] });
+    let xattr = |name: &str, value: &[u8]| Xattr { name: name.into(), value: value.into() };
+    let raw = xattr("system.posix_acl_default", &acl[..12]);
+    entry.attributes.xattrs = vec![xattr("system.posix_acl_access", &acl), raw];
+    let good = archive(entry.clone());
+    let find = |text: &[u8]| good.windows(text.len()).position(|window| window == text);
+    assert!(find(b" SCHILY.acl.access=user::rw-,user:1:r--,group::r--,mask::r--,other::---\n").is_some());
+    assert!(find(b" SCHILY.xattr.system.posix_acl_default=\x02\0\0\0").is_some(), "no ACL: its bytes");
+    assert_eq!(decode_tree(&good, PAGES).unwrap().entries[1], entry);
+
+    let at = find(b"user:1:r--").unwrap();
+    let mut bad = good.clone();
+    bad[at] = b'U';
+    let error = decode_tree(&bad, PAGES).unwrap_err();
+    assert!(matches!(error.fault, TreeFault::Acl { source: AclError::Entry(1), .. }), "{error}");
+    assert!(error.to_string().contains("entry \"./f\" at offset 2560"), "{error}");
+    // The same xattr as text and as bytes.
+    entry.attributes.xattrs =
+        vec![xattr("system.posix_acl_access", &acl), xattr("system.posix_acl_access", &acl[..12])];
+    assert!(matches!(fault(&archive(entry)), TreeFault::Xattr(_)));
+}
+
 fn timestamp() -> impl Strategy<Value = Timestamp> {
     (any::<i64>(), 0..1_000_000_000u32).prop_map(|(sec, nsec)| Timestamp { sec, nsec })
 }
@@ -196,10 +234,12 @@ fn name() -> impl Strategy<Value = Vec<u8>> {
 
 fn attributes() -> impl Strategy<Value = Attributes> {
     let xattr = ("(user|trusted|security)\\.[a-z=%]{1,9}", any::<Vec<u8>>());
-    let xattrs = prop::collection::btree_map(xattr.0, xattr.1, 0..3);
+    let xattr = (xattr.0.prop_map(String::into_bytes), xattr.1);
+    let name = prop::collection::vec((1..=255u8).prop_filter("any but NUL", |b| *b != 0), 1..40);
+    let xattrs = prop::collection::btree_map(prop_oneof![xattr.0, name], xattr.1, 0..3);
     (0..0o10000u32, any::<u32>(), any::<u32>(), timestamp(), timestamp(), xattrs).prop_map(
         |(mode, uid, gid, mtime, atime, xattrs)| {
-            let xattrs = xattrs.into_iter().map(|(name, value)| Xattr { name: name.into_bytes(), value });
+            let xattrs = xattrs.into_iter().map(|(name, value)| Xattr { name, value });
             Attributes { mode, uid, gid, mtime, atime, flags: 0, xattrs: xattrs.collect() }
         },
     )

@@ -3,6 +3,8 @@
 //! Knows pages (`stillframe-pgalloc`), the kernel's tmpfs, and ext4 on a file of the host; knows no container, no OCI spec and no
 //! containerd, and must never learn of them. Nothing here is async.
 
+pub mod acl;
+pub mod archive;
 pub mod build;
 pub mod copy_up;
 pub mod decode;
@@ -13,7 +15,7 @@ pub mod id_map;
 pub mod mount;
 pub mod mountpoint;
 pub mod options;
-mod pax;
+pub mod pax;
 pub mod private;
 mod record;
 pub mod resource;

@@ -20,6 +20,35 @@ use crate::entry::Timestamp;
 const FIXED: usize = 40;
 const EXTENT: usize = 24;
 
+/// Bytes of the record of a file with so many extents.
+pub(crate) fn encoded_len(extents: usize) -> u64 {
+    (FIXED + extents * EXTENT) as u64
+}
+
+/// Appends a record to `out`; `times` are of modification and access.
+pub(crate) fn encode(
+    out: &mut Vec<u8>,
+    size: u64,
+    times: (Timestamp, Timestamp),
+    flags: u32,
+    extents: &[PageExtent],
+) {
+    let (mtime, atime) = times;
+    out.extend_from_slice(&size.to_le_bytes());
+    out.extend_from_slice(&mtime.sec.to_le_bytes());
+    out.extend_from_slice(&atime.sec.to_le_bytes());
+    out.extend_from_slice(&mtime.nsec.to_le_bytes());
+    out.extend_from_slice(&atime.nsec.to_le_bytes());
+    out.extend_from_slice(&flags.to_le_bytes());
+    let count = u32::try_from(extents.len()).expect("a file of at most 2^51 pages whose table fits memory");
+    out.extend_from_slice(&count.to_le_bytes());
+    for extent in extents {
+        out.extend_from_slice(&extent.file_offset.to_le_bytes());
+        out.extend_from_slice(&extent.length.to_le_bytes());
+        out.extend_from_slice(&extent.pages_offset.0.to_le_bytes());
+    }
+}
+
 /// A regular file's record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct FileRecord {
@@ -31,25 +60,12 @@ pub(crate) struct FileRecord {
 }
 
 impl FileRecord {
+    #[cfg(test)]
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(FIXED + self.extents.len() * EXTENT);
-        out.extend_from_slice(&self.size.to_le_bytes());
-        out.extend_from_slice(&self.mtime.sec.to_le_bytes());
-        out.extend_from_slice(&self.atime.sec.to_le_bytes());
-        out.extend_from_slice(&self.mtime.nsec.to_le_bytes());
-        out.extend_from_slice(&self.atime.nsec.to_le_bytes());
-        out.extend_from_slice(&self.flags.to_le_bytes());
-        let count =
-            u32::try_from(self.extents.len()).expect("a file of at most 2^51 pages whose table fits memory");
-        out.extend_from_slice(&count.to_le_bytes());
-        for extent in &self.extents {
-            out.extend_from_slice(&extent.file_offset.to_le_bytes());
-            out.extend_from_slice(&extent.length.to_le_bytes());
-            out.extend_from_slice(&extent.pages_offset.0.to_le_bytes());
-        }
+        let mut out = Vec::new();
+        encode(&mut out, self.size, (self.mtime, self.atime), self.flags, &self.extents);
         out
     }
-
     /// `None` where the body isn't such a record; ranges are not judged here.
     pub(crate) fn decode(body: &[u8]) -> Option<Self> {
         let (fixed, table) = body.split_at_checked(FIXED)?;

@@ -10,14 +10,12 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::fs::{OFlags, XattrFlags};
 
+use crate::acl;
 use crate::entry::Xattr;
 use crate::id_map::{IdMap, Ids};
 
 /// XATTR_SIZE_MAX and XATTR_LIST_MAX of linux/limits.h.
 const MAX: usize = 65536;
-const ACL_VERSION: u32 = 2;
-const ACL_USER: u16 = 0x02;
-const ACL_GROUP: u16 = 0x08;
 const CAP_REVISION_MASK: u32 = 0xff00_0000;
 const CAP_REVISION_3: u32 = 0x0300_0000;
 const CAP_V3_BYTES: usize = 24;
@@ -115,13 +113,13 @@ pub(crate) fn translate(xattr: &mut Xattr, ids: &Ids, to: fn(&IdMap, u32) -> Opt
 
 fn translate_acl(value: &mut [u8], ids: &Ids, to: fn(&IdMap, u32) -> Option<u32>) -> Result<(), u32> {
     let Some((version, entries)) = value.split_first_chunk_mut::<4>() else { return Ok(()) };
-    if u32::from_le_bytes(*version) != ACL_VERSION {
+    if u32::from_le_bytes(*version) != acl::VERSION {
         return Ok(());
     }
     for entry in entries.chunks_exact_mut(8) {
         let map = match u16::from_le_bytes([entry[0], entry[1]]) {
-            ACL_USER => &ids.uid,
-            ACL_GROUP => &ids.gid,
+            acl::USER => &ids.uid,
+            acl::GROUP => &ids.gid,
             _ => continue,
         };
         translate_id(&mut entry[4..8], map, to)?;
@@ -158,7 +156,8 @@ mod tests {
         let entry =
             |tag: u16, id: u32| [&tag.to_le_bytes()[..], &7u16.to_le_bytes(), &id.to_le_bytes()].concat();
         let acl = |user: u32, group: u32| {
-            [ACL_VERSION.to_le_bytes().to_vec(), entry(1, u32::MAX), entry(2, user), entry(8, group)].concat()
+            [acl::VERSION.to_le_bytes().to_vec(), entry(1, u32::MAX), entry(2, user), entry(8, group)]
+                .concat()
         };
         let mut xattr = Xattr { name: b"system.posix_acl_access".to_vec(), value: acl(1003, 2004) };
         translate(&mut xattr, &ids(), IdMap::to_container).unwrap();
