@@ -20,6 +20,7 @@ pub mod private;
 mod record;
 pub mod resource;
 pub mod save;
+mod scan;
 mod sys;
 mod walk;
 mod xattr;

@@ -12,15 +12,15 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags, Statx};
+use rustix::fs::Statx;
 use stillframe_pgalloc::{AsyncMemoryFileSave, FileRange, PageExtent, SaveError};
 
 use crate::encode::TreeWriter;
-use crate::entry::{Attributes, Kind, PathName, Timestamp, Xattr};
+use crate::entry::{Attributes, Kind, PathName, Timestamp};
 use crate::id_map::{IdMap, Ids};
 use crate::private;
-use crate::walk::{Met, Walk};
-use crate::xattr::{self, Inode};
+use crate::scan::{Content, Object, format, scan};
+use crate::xattr;
 
 /// What was saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,6 +74,9 @@ pub enum SaveTreeError {
         #[source]
         source: SaveError,
     },
+    /// There is no thread to be had.
+    #[error("start a thread that walks the filesystem")]
+    Thread(#[source] io::Error),
     /// `tree.tar` couldn't be written.
     #[error("write tree.tar")]
     Tree(#[source] io::Error),
@@ -122,41 +125,91 @@ fn save<W: Write>(
     contents: Contents<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    let mut writer = TreeWriter::new(out);
-    let mut summary = TreeSummary::default();
-    let mut first_names: HashMap<u64, Vec<u8>> = HashMap::new();
-    let mut walk = Walk::new(root);
-    loop {
-        let met = match walk.next() {
-            None => break,
-            Some(Ok(met)) => met,
-            Some(Err(source)) => {
-                let path = PathName(walk.path().to_vec());
-                return Err(SaveTreeError::Object { operation: "walk to", path, source });
-            }
+    std::thread::scope(|scope| {
+        let mut saver = Saver {
+            ids,
+            contents,
+            writer: TreeWriter::new(out),
+            summary: TreeSummary::default(),
+            first_names: HashMap::new(),
         };
-        summary.entries += u64::from(!met.path.is_empty());
-        if met.dir.is_none() && met.stat.stx_nlink > 1 {
-            if let Some(first) = first_names.get(&met.stat.stx_ino) {
-                let link = Kind::HardLink { target: 0 };
-                writer.append(met.path, &link, &Attributes::default(), first).map_err(SaveTreeError::Tree)?;
-                continue;
+        for batch in scan(scope, root)? {
+            for (path, object) in batch?.objects() {
+                saver.save(path, object)?;
             }
-            first_names.insert(met.stat.stx_ino, met.path.to_vec());
         }
-        let (kind, xattrs) = Object { met: &met, contents }.read()?;
-        if let Kind::File { size, extents } = &kind {
-            summary.files += 1;
-            summary.logical_bytes = summary.logical_bytes.saturating_add(*size);
-            summary.data_bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
+        Ok((saver.writer.finish().map_err(SaveTreeError::Tree)?, saver.summary))
+    })
+}
+
+struct Saver<'a, W> {
+    ids: &'a Ids,
+    contents: Contents<'a>,
+    writer: TreeWriter<W>,
+    summary: TreeSummary,
+    /// Of each inode with several names the first.
+    first_names: HashMap<u64, Vec<u8>>,
+}
+
+impl<W: Write> Saver<'_, W> {
+    fn save(&mut self, path: &[u8], object: Object) -> Result<(), SaveTreeError> {
+        let Object { stat, content, xattrs, .. } = object;
+        self.summary.entries += u64::from(!path.is_empty());
+        if stat.stx_nlink > 1 && !matches!(content, Content::Directory) {
+            if let Some(first) = self.first_names.get(&stat.stx_ino) {
+                let link = Kind::HardLink { target: 0 };
+                let appended = self.writer.append(path, &link, &Attributes::default(), first);
+                return appended.map_err(SaveTreeError::Tree);
+            }
+            self.first_names.insert(stat.stx_ino, path.to_vec());
         }
-        let mut attributes = attributes(&met.stat);
-        attributes.xattrs = xattrs;
-        to_container(&mut attributes, ids)
-            .map_err(|id| SaveTreeError::Unmapped { path: PathName(met.path.to_vec()), id })?;
-        writer.append(met.path, &kind, &attributes, b"").map_err(SaveTreeError::Tree)?;
+        let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
+        let kind = match content {
+            Content::Directory => Kind::Directory,
+            Content::File(file) => {
+                let size = stat.stx_size;
+                let extents = self.save_pages(path, &file, size)?;
+                self.summary.files += 1;
+                self.summary.logical_bytes = self.summary.logical_bytes.saturating_add(size);
+                self.summary.data_bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
+                Kind::File { size, extents }
+            }
+            Content::Symlink(target) => Kind::Symlink { target },
+            Content::Node => match format(&stat) {
+                libc::S_IFIFO => Kind::Fifo,
+                libc::S_IFSOCK => Kind::Socket,
+                libc::S_IFCHR => Kind::CharDevice { major, minor },
+                libc::S_IFBLK => Kind::BlockDevice { major, minor },
+                other => unreachable!("the kernel has no inode format {other:o}"),
+            },
+        };
+        let mut attributes = Attributes { xattrs, ..attributes(&stat) };
+        to_container(&mut attributes, self.ids)
+            .map_err(|id| SaveTreeError::Unmapped { path: PathName(path.to_vec()), id })?;
+        self.writer.append(path, &kind, &attributes, b"").map_err(SaveTreeError::Tree)
     }
-    Ok((writer.finish().map_err(SaveTreeError::Tree)?, summary))
+
+    /// The engine finds holes and zero pages by itself.
+    fn save_pages(&self, path: &[u8], file: &Arc<File>, size: u64) -> Result<Vec<PageExtent>, SaveTreeError> {
+        if size == 0 {
+            return Ok(Vec::new());
+        }
+        let path = || PathName(path.to_vec());
+        let memory = match self.contents {
+            Contents::Memory(memory) => memory,
+            Contents::Private => {
+                let operation = "find the blocks of";
+                let failed = |source| SaveTreeError::Object { operation, path: path(), source };
+                return private::extents(file, size).map_err(failed);
+            }
+            Contents::LeftOut => return Ok(Vec::new()),
+        };
+        let whole = FileRange::new(0, size).expect("a file begins at 0");
+        memory.write_range(file, whole).map_err(|source| match source {
+            SaveError::Truncated { .. } => SaveTreeError::Changed { path: path() },
+            source => SaveTreeError::Pages { path: path(), source },
+        })
+    }
 }
 
 fn attributes(stat: &Statx) -> Attributes {
@@ -178,77 +231,4 @@ fn to_container(attributes: &mut Attributes, ids: &Ids) -> Result<(), u32> {
     attributes.uid = ids.uid.to_container(attributes.uid).ok_or(attributes.uid)?;
     attributes.gid = ids.gid.to_container(attributes.gid).ok_or(attributes.gid)?;
     attributes.xattrs.iter_mut().try_for_each(|xattr| xattr::translate(xattr, ids, IdMap::to_container))
-}
-
-/// One object on the walk, with what it takes to read it.
-struct Object<'a> {
-    met: &'a Met<'a>,
-    contents: Contents<'a>,
-}
-
-impl Object<'_> {
-    fn fail(&self, operation: &'static str) -> impl Fn(io::Error) -> SaveTreeError {
-        let path = PathName(self.met.path.to_vec());
-        move |source| SaveTreeError::Object { operation, path: path.clone(), source }
-    }
-
-    fn read(&self) -> Result<(Kind, Vec<Xattr>), SaveTreeError> {
-        let stat = &self.met.stat;
-        let read_xattrs = |inode: &Inode<'_>| xattr::read(inode).map_err(self.fail("read the xattrs of"));
-        if let Some(dir) = self.met.dir {
-            return Ok((Kind::Directory, read_xattrs(&Inode::Open(dir))?));
-        }
-        let format = u32::from(stat.stx_mode) & libc::S_IFMT;
-        if format == libc::S_IFREG {
-            let file = Arc::new(self.open_file()?);
-            let xattrs = read_xattrs(&Inode::Open(&file))?;
-            let extents = self.save_pages(&file, stat.stx_size)?;
-            return Ok((Kind::File { size: stat.stx_size, extents }, xattrs));
-        }
-        let file = xattr::open_path(self.met.parent, &self.met.name).map_err(self.fail("open"))?;
-        let xattrs = read_xattrs(&Inode::PathOnly(&file))?;
-        let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
-        let kind = match format {
-            libc::S_IFLNK => {
-                let target = rustix::fs::readlinkat(&file, "", Vec::new());
-                let target = target.map_err(|e| self.fail("read the target of")(e.into()))?.into_bytes();
-                Kind::Symlink { target }
-            }
-            libc::S_IFIFO => Kind::Fifo,
-            libc::S_IFSOCK => Kind::Socket,
-            libc::S_IFCHR => Kind::CharDevice { major, minor },
-            libc::S_IFBLK => Kind::BlockDevice { major, minor },
-            other => unreachable!("the kernel has no inode format {other:o}"),
-        };
-        Ok((kind, xattrs))
-    }
-
-    fn open_file(&self) -> Result<File, SaveTreeError> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let opened = rustix::fs::openat(self.met.parent, self.met.name.as_slice(), flags, Mode::empty());
-        let file = File::from(opened.map_err(|e| self.fail("open")(e.into()))?);
-        let now = rustix::fs::fstat(&file).map_err(|e| self.fail("stat")(e.into()))?;
-        if now.st_ino != self.met.stat.stx_ino || now.st_size.unsigned_abs() != self.met.stat.stx_size {
-            return Err(SaveTreeError::Changed { path: PathName(self.met.path.to_vec()) });
-        }
-        Ok(file)
-    }
-
-    /// The engine finds holes and zero pages by itself.
-    fn save_pages(&self, file: &Arc<File>, size: u64) -> Result<Vec<PageExtent>, SaveTreeError> {
-        if size == 0 {
-            return Ok(Vec::new());
-        }
-        let memory = match self.contents {
-            Contents::Memory(memory) => memory,
-            Contents::Private => {
-                return private::extents(file, size).map_err(self.fail("find the blocks of"));
-            }
-            Contents::LeftOut => return Ok(Vec::new()),
-        };
-        let whole = FileRange::new(0, size).expect("a file begins at 0");
-        memory
-            .write_range(file, whole)
-            .map_err(|source| SaveTreeError::Pages { path: PathName(self.met.path.to_vec()), source })
-    }
 }

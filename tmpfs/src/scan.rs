@@ -1,0 +1,166 @@
+//! Reading a filesystem's objects, but for the contents of files, on a thread of its own, ahead of whoever takes them.
+//!
+//! Of a small file, opening and asking takes as long as reading and writing: on two processors both are done at the
+//! same time. Objects come in batches, in the order of the walk; at most [`QUEUE`] batches wait, so at most
+//! `(QUEUE + 2) * BATCH` files are open and so many attributes in memory. The thread ends when the walk does, when
+//! something fails, which is the last thing that comes, or when nobody takes any more.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{Builder, Scope};
+
+use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags};
+use rustix::io::Errno;
+
+use crate::entry::{PathName, Xattr};
+use crate::save::SaveTreeError;
+use crate::walk::{Listed, Met, Walk};
+use crate::xattr::{self, Inode};
+
+/// Most objects in a batch, and most bytes of paths and xattrs before it is handed over.
+const BATCH: usize = 32;
+const BATCH_BYTES: usize = 256 << 10;
+/// Most batches that wait.
+const QUEUE: usize = 2;
+
+/// Objects that follow each other on the walk.
+#[derive(Default)]
+pub(crate) struct Batch {
+    paths: Vec<u8>,
+    objects: Vec<Object>,
+    bytes: usize,
+}
+
+/// One object.
+pub(crate) struct Object {
+    path: Range<usize>,
+    pub(crate) stat: Statx,
+    pub(crate) content: Content,
+    pub(crate) xattrs: Vec<Xattr>,
+}
+
+/// What is in an object.
+pub(crate) enum Content {
+    Directory,
+    /// The file, open for reading.
+    File(Arc<File>),
+    /// The target.
+    Symlink(Vec<u8>),
+    /// A fifo, socket or device, as its mode says.
+    Node,
+}
+
+impl Batch {
+    /// The objects with their paths.
+    pub(crate) fn objects(&mut self) -> impl Iterator<Item = (&[u8], Object)> {
+        let Self { paths, objects, .. } = self;
+        objects.drain(..).map(|object| (&paths[object.path.clone()], object))
+    }
+}
+
+/// What a scan gives: batches, and at the end, if it failed, why.
+pub(crate) type Scanned = Receiver<Result<Batch, SaveTreeError>>;
+
+/// Begins to scan the filesystem whose root is `root`, open for reading.
+pub(crate) fn scan<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    root: &'scope File,
+) -> Result<Scanned, SaveTreeError> {
+    let (sender, receiver) = sync_channel(QUEUE);
+    let run = move || {
+        let mut batch = Batch::default();
+        let failed = scan_all(root, &mut batch, &sender).err();
+        // Whoever dropped the receiver wants no more.
+        let _ = sender.send(Ok(batch));
+        if let Some(error) = failed {
+            let _ = sender.send(Err(error));
+        }
+    };
+    let thread = Builder::new().name("tree-scan".into()).spawn_scoped(scope, run);
+    thread.map_err(SaveTreeError::Thread)?;
+    Ok(receiver)
+}
+
+fn scan_all(
+    root: &File,
+    batch: &mut Batch,
+    sender: &SyncSender<Result<Batch, SaveTreeError>>,
+) -> Result<(), SaveTreeError> {
+    let mut walk = Walk::new(root);
+    loop {
+        let met = match walk.next() {
+            None => return Ok(()),
+            Some(Ok(met)) => met,
+            Some(Err(source)) => return Err(failed("walk to", walk.path())(source)),
+        };
+        let (stat, content, xattrs) = read(&met)?;
+        let start = batch.paths.len();
+        batch.paths.extend_from_slice(met.path);
+        batch.bytes += met.path.len() + xattrs.iter().map(|xattr| xattr.value.len()).sum::<usize>();
+        batch.objects.push(Object { path: start..batch.paths.len(), stat, content, xattrs });
+        let full = batch.objects.len() >= BATCH || batch.bytes >= BATCH_BYTES;
+        if full && sender.send(Ok(std::mem::take(batch))).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+/// The error of a call on the object at `path`. A name or an inode that was there and is gone means that somebody
+/// changes the filesystem.
+fn failed(operation: &'static str, path: &[u8]) -> impl Fn(io::Error) -> SaveTreeError {
+    let path = PathName(path.to_vec());
+    move |source| match source.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NOENT | Errno::STALE | Errno::NOTDIR | Errno::LOOP | Errno::NXIO) => {
+            SaveTreeError::Changed { path: path.clone() }
+        }
+        _ => SaveTreeError::Object { operation, path: path.clone(), source },
+    }
+}
+
+fn read(met: &Met<'_>) -> Result<(Statx, Content, Vec<Xattr>), SaveTreeError> {
+    let fail = |operation| failed(operation, met.path);
+    if let Some(dir) = met.dir {
+        let stat = stat(dir).map_err(fail("stat"))?;
+        let xattrs = xattr::read(&Inode::Open(dir)).map_err(fail("read the xattrs of"))?;
+        return Ok((stat, Content::Directory, xattrs));
+    }
+    // Opening before asking, so that what is told is told of what is read, and with one name looked up.
+    if met.listed == Listed::Regular {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat(met.parent, met.name, flags, Mode::empty());
+        let file = File::from(opened.map_err(|errno| fail("open")(errno.into()))?);
+        let stat = stat(&file).map_err(fail("stat"))?;
+        if format(&stat) != libc::S_IFREG {
+            return Err(SaveTreeError::Changed { path: PathName(met.path.to_vec()) });
+        }
+        let xattrs = xattr::read(&Inode::Open(&file)).map_err(fail("read the xattrs of"))?;
+        return Ok((stat, Content::File(Arc::new(file)), xattrs));
+    }
+    let file = xattr::open_path(met.parent, met.name).map_err(fail("open"))?;
+    let stat = stat(&file).map_err(fail("stat"))?;
+    let content = match format(&stat) {
+        libc::S_IFLNK => {
+            let target = rustix::fs::readlinkat(&file, "", Vec::new());
+            let target = target.map_err(|errno| fail("read the target of")(errno.into()))?;
+            Content::Symlink(target.into_bytes())
+        }
+        libc::S_IFREG | libc::S_IFDIR => {
+            return Err(SaveTreeError::Changed { path: PathName(met.path.to_vec()) });
+        }
+        _ => Content::Node,
+    };
+    let xattrs = xattr::read(&Inode::PathOnly(&file)).map_err(fail("read the xattrs of"))?;
+    Ok((stat, content, xattrs))
+}
+
+/// The bits of a mode that say what an inode is.
+pub(crate) fn format(stat: &Statx) -> u32 {
+    u32::from(stat.stx_mode) & libc::S_IFMT
+}
+
+fn stat(file: &File) -> io::Result<Statx> {
+    Ok(rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?)
+}
