@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
-use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadTarget};
+use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadTarget, PageExtent};
 
 use crate::entry::{Attributes, Entry, KEPT_FLAGS, Kind, PathName, Timestamp, Tree};
 use crate::id_map::{IdMap, Ids};
@@ -27,6 +27,8 @@ use crate::xattr::{self, Inode};
 const BATCH_FILES: usize = 128;
 /// ... and of at most this many bytes.
 const BATCH_BYTES: u64 = 1024 * 1024;
+/// Size of the smallest folio of several pages, four of 4 KiB; smaller files have pages of the usual size only.
+const SMALLEST_LARGE_FOLIO: u64 = 16 * 1024;
 
 /// What the target allows.
 #[derive(Clone, Debug, Default)]
@@ -127,10 +129,15 @@ pub fn check_tree(tree: &Tree, options: &BuildOptions, usage: &Usage) -> Result<
             return Err(BuildError::Device { path: tree.path(index), major, minor });
         }
     }
-    for index in 0..tree.entries.len() {
-        let mut attributes = tree.entries[index].attributes.clone();
-        to_host(&mut attributes, &options.ids)
-            .map_err(|id| BuildError::Unmapped { path: tree.path(index), id })?;
+    for (index, entry) in tree.entries.iter().enumerate() {
+        let unmapped = |id| BuildError::Unmapped { path: tree.path(index), id };
+        // Without its xattrs it is cheap to copy.
+        let Attributes { mode, uid, gid, mtime, atime, flags, .. } = entry.attributes;
+        let mut owner = Attributes { mode, uid, gid, mtime, atime, flags, xattrs: Vec::new() };
+        to_host(&mut owner, &options.ids).map_err(unmapped)?;
+        if !entry.attributes.xattrs.is_empty() {
+            to_host(&mut entry.attributes.clone(), &options.ids).map_err(unmapped)?;
+        }
     }
     Ok(())
 }
@@ -149,7 +156,7 @@ pub fn build_tree<'a>(
         tree,
         options,
         loader,
-        handles: vec![None; tree.entries.len()],
+        handles: Handles::default(),
         open: Vec::new(),
         batch: Vec::new(),
         batch_bytes: 0,
@@ -166,19 +173,35 @@ pub struct Built<'a> {
     root: &'a File,
     tree: &'a Tree,
     options: &'a BuildOptions,
-    /// Of directories, and of what has inode flags.
-    handles: Vec<Option<FileHandle>>,
+    handles: Handles,
+}
+
+/// The file handles of directories, and of what has inode flags, by ascending index.
+#[derive(Default)]
+struct Handles(Vec<(usize, FileHandle)>);
+
+impl Handles {
+    fn push(&mut self, index: usize, file: &File) -> io::Result<()> {
+        debug_assert!(self.0.last().is_none_or(|(last, _)| *last < index), "entries are made in their order");
+        self.0.push((index, FileHandle::of(file.as_fd())?));
+        Ok(())
+    }
+
+    fn of_directory(&self, index: usize) -> FileHandle {
+        let at = self.0.binary_search_by_key(&index, |(index, _)| *index);
+        self.0[at.expect("a parent is a directory that was made before")].1
+    }
 }
 
 impl Built<'_> {
     /// Sets the directories' attributes and all inode flags; call it after the loader has finished.
     pub fn finish(self) -> Result<(), BuildError> {
         for flags in [false, true] {
-            for (index, entry) in self.tree.entries.iter().enumerate() {
-                let Some(handle) = &self.handles[index] else { continue };
+            for (index, handle) in &self.handles.0 {
+                let entry = &self.tree.entries[*index];
                 self.finish_one(entry, handle, flags).map_err(|source| BuildError::Object {
                     operation: "set the attributes of",
-                    path: self.tree.path(index),
+                    path: self.tree.path(*index),
                     source,
                 })?;
             }
@@ -208,7 +231,7 @@ struct Builder<'a> {
     tree: &'a Tree,
     options: &'a BuildOptions,
     loader: &'a AsyncPagesFileLoad,
-    handles: Vec<Option<FileHandle>>,
+    handles: Handles,
     /// Directories that are open, innermost last.
     open: Vec<(usize, File)>,
     batch: Vec<LoadTarget>,
@@ -257,12 +280,17 @@ impl Builder<'_> {
             }
             Kind::File { size, extents } => {
                 let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let file = File::from(rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR)?);
-                if *size > 0 {
+                // The umask may take bits away, and `set_open` gives them back.
+                let mode = Mode::from_raw_mode(attributes.mode & 0o777) | Mode::RUSR | Mode::WUSR;
+                let file = File::from(rustix::fs::openat(parent, name, flags, mode)?);
+                // Writing the end sets the size too. Where a larger page might be allocated the size comes first:
+                // with huge=within_size it decides about that (`shmem_huge_global_enabled`).
+                let written = extents.last().and_then(PageExtent::file_end).unwrap_or(0);
+                if *size != written || *size >= SMALLEST_LARGE_FOLIO {
                     rustix::fs::ftruncate(&file, *size)?;
                 }
                 if attributes.flags != 0 {
-                    self.handles[index] = Some(FileHandle::of(file.as_fd())?);
+                    self.handles.push(index, &file)?;
                 }
                 if extents.is_empty() {
                     return set_open(&file, &attributes);
@@ -292,7 +320,7 @@ impl Builder<'_> {
     }
 
     fn opened_directory(&mut self, index: usize, dir: File) -> io::Result<()> {
-        self.handles[index] = Some(FileHandle::of(dir.as_fd())?);
+        self.handles.push(index, &dir)?;
         if self.open.len() >= OPEN_DIRECTORIES {
             self.open.remove(0);
         }
@@ -305,8 +333,7 @@ impl Builder<'_> {
         match self.open.iter().rposition(|(open, _)| *open == index) {
             Some(at) => self.open.truncate(at + 1),
             None => {
-                let handle = self.handles[index].expect("a parent is a directory that was made before");
-                let dir = handle.open(self.root.as_fd(), OFlags::DIRECTORY)?;
+                let dir = self.handles.of_directory(index).open(self.root.as_fd(), OFlags::DIRECTORY)?;
                 self.open.clear();
                 self.open.push((index, dir));
             }
@@ -318,8 +345,7 @@ impl Builder<'_> {
     fn link(&mut self, parent: &File, name: &[u8], target: usize) -> io::Result<()> {
         let first = &self.tree.entries[target];
         let (old_parent, old_name) = (first.parent, first.name.as_slice());
-        let handle = self.handles[old_parent].expect("a parent is a directory that was made before");
-        let old = handle.open(self.root.as_fd(), OFlags::DIRECTORY)?;
+        let old = self.handles.of_directory(old_parent).open(self.root.as_fd(), OFlags::DIRECTORY)?;
         Ok(rustix::fs::linkat(&old, old_name, parent, name, AtFlags::empty())?)
     }
 }
@@ -332,9 +358,16 @@ fn mknod(parent: &File, name: &[u8], kind: FileType, major: u32, minor: u32) -> 
 /// Owner, mode, xattrs and times of an open file or directory, in the order in which none undoes
 /// another: chown drops setuid and capabilities; an ACL must not be narrowed by a later chmod.
 fn set_open(file: &File, attributes: &Attributes) -> io::Result<()> {
-    let (uid, gid) = owner(attributes);
-    rustix::fs::fchown(file, Some(uid), Some(gid))?;
-    rustix::fs::fchmod(file, Mode::from_raw_mode(attributes.mode))?;
+    // One call that asks costs less than two that change nothing.
+    let now = rustix::fs::fstat(file)?;
+    let chown = (now.st_uid, now.st_gid) != (attributes.uid, attributes.gid);
+    if chown {
+        let (uid, gid) = owner(attributes);
+        rustix::fs::fchown(file, Some(uid), Some(gid))?;
+    }
+    if chown || now.st_mode & 0o7777 != attributes.mode {
+        rustix::fs::fchmod(file, Mode::from_raw_mode(attributes.mode))?;
+    }
     xattr::write(&Inode::Open(file), &attributes.xattrs)?;
     Ok(rustix::fs::futimens(file, &times(attributes))?)
 }
