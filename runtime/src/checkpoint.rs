@@ -2,25 +2,33 @@
 //!
 //! Nothing of the container is changed: its filesystems are read through read-only views, and whatever
 //! fails, it is thawed (if it was frozen here) and what was written of the image is removed. The image
-//! is the state at one instant: all filesystems are saved within one freeze.
+//! is the state at one instant: all filesystems are saved within one freeze, which other containers share that have
+//! one of the filesystems.
+//!
+//! A filesystem on disk is frozen besides, once no process can write to it any more, so that its file is
+//! consistent. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen filesystem
+//! couldn't be frozen itself.
 
+use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 use stillframe_pgalloc::{
-    AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, PagesMeta, SaveError, SaveOptions,
-    SettledPagesFile,
+    AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, PagesMeta, PrivateMemoryFileMeta, SaveError,
+    SaveOptions, SettledPagesFile,
 };
 use stillframe_tmpfs::ResourceId;
+use stillframe_tmpfs::filestore::{self, FilestoreError};
 use stillframe_tmpfs::mount::{MountError, open_view};
-use stillframe_tmpfs::save::{SaveTreeError, save_tree};
+use stillframe_tmpfs::save::{SaveTreeError, save_private_tree, save_tree};
 
 use crate::freezer::{Cgroup, FREEZE_TIMEOUT, FreezeError};
 use crate::image::{self, ImageError, ImageWriter, PartWriter};
-use crate::manifest::{Manifest, Offsets, Part, SavedContainer, SavedFilesystem};
+use crate::manifest::{Manifest, Offsets, Part, PrivateFormat, SavedContainer, SavedFilesystem};
 use crate::process;
 use crate::selector::Selector;
 use crate::state::{ContainerRecord, FilesystemRecord, Locked, StateDir, StateError};
@@ -107,6 +115,25 @@ pub enum CheckpointError {
     /// The container couldn't be frozen.
     #[error("freeze the container")]
     Freeze(#[from] FreezeError),
+    /// The image would be written to what it is to hold.
+    #[error(
+        "the image directory {path} is on {id}, which is to be saved: give one that isn't in the container"
+    )]
+    OnItself {
+        /// The image directory.
+        path: PathBuf,
+        /// ResourceID of the filesystem.
+        id: ResourceId,
+    },
+    /// The file of a filesystem on disk couldn't be used.
+    #[error("save the filesystem {id} on disk")]
+    Filestore {
+        /// Its ResourceID.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: Box<FilestoreError>,
+    },
     /// A filesystem couldn't be looked into.
     #[error("open the filesystem {id}")]
     Open {
@@ -159,12 +186,20 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
     let init = init.ok_or_else(|| CheckpointError::NotRunning(id.clone()))?;
     let cgroup = init.cgroup.as_ref().ok_or_else(|| CheckpointError::NoCgroup(id.clone()))?;
     let selected = select(dir, &container, &request.paths)?;
+    let others = others(dir, id, &selected)?;
     let image = ImageWriter::create(&request.image_path)?;
+    not_on_itself(&request.image_path, &selected)?;
+    for selected in selected.iter().filter(|selected| selected.record.filestore.is_some()) {
+        selected.settle()?;
+    }
     let unlinked = count_unlinked(cgroup, &selected);
 
     let freezing = Instant::now();
     let frozen = cgroup.freeze(FREEZE_TIMEOUT)?;
+    let others_frozen =
+        others.iter().map(|cgroup| cgroup.freeze(FREEZE_TIMEOUT)).collect::<Result<Vec<_>, _>>()?;
     let saved = save(&container, &selected, &image, request)?;
+    drop(others_frozen);
     // What is to be killed isn't thawed before; whatever fails until then thaws it.
     let (frozen, thawed_after) = if request.kill {
         (Some(frozen), None)
@@ -212,6 +247,35 @@ struct Selected {
     mountpoint: PathBuf,
 }
 
+impl Selected {
+    fn filestore_failed(&self, source: FilestoreError) -> CheckpointError {
+        CheckpointError::Filestore { id: self.record.resource_id.clone(), source: Box::new(source) }
+    }
+
+    /// Before the freeze, what makes it short. And a process that died may have left it frozen.
+    fn settle(&self) -> Result<(), CheckpointError> {
+        filestore::thaw(&self.mountpoint)
+            .and_then(|()| filestore::settle(&self.mountpoint))
+            .map_err(|source| self.filestore_failed(source))
+    }
+
+    /// Freezes it and has its file saved.
+    fn save_filestore(
+        &self,
+        path: &Path,
+        pages: &AsyncPagesFileSave,
+        request: &CheckpointRequest,
+    ) -> Result<(filestore::Frozen, PrivateMemoryFileMeta), CheckpointError> {
+        let file = File::open(path).map_err(|source| {
+            self.filestore_failed(FilestoreError::File { operation: "open", path: path.to_owned(), source })
+        })?;
+        let frozen = filestore::freeze(&self.mountpoint).map_err(|source| self.filestore_failed(source))?;
+        let saved =
+            MemoryFile::private(file).save_to(pages).map_err(|source| pages_failed(request, source))?;
+        Ok((frozen, saved))
+    }
+}
+
 /// Finds the filesystems; every selection must find one, and no two may have the same name.
 fn select(
     dir: &StateDir,
@@ -220,6 +284,9 @@ fn select(
 ) -> Result<Vec<Selected>, CheckpointError> {
     let mut all = Vec::new();
     for name in &container.filesystems {
+        if all.iter().any(|selected: &Selected| selected.mountpoint == dir.mountpoint(name)) {
+            continue;
+        }
         let missing = || StateError::File {
             operation: "read",
             path: dir.mountpoint(name).with_file_name("record.json"),
@@ -228,29 +295,72 @@ fn select(
         let record = dir.filesystem(name)?.ok_or_else(missing)?;
         all.push(Selected { record, mountpoint: dir.mountpoint(name) });
     }
+    let matches = |selected: &Selected, selector: &Selector| {
+        selected.record.ids().into_iter().any(|id| selector.matches(id))
+    };
     for selector in selectors {
-        if !all.iter().any(|selected| selector.matches(&selected.record.resource_id)) {
-            let there: Vec<String> =
-                all.iter().map(|selected| selected.record.resource_id.to_string()).collect();
+        if !all.iter().any(|selected| matches(selected, selector)) {
+            let there: Vec<String> = all.iter().map(describe).collect();
             let there = if there.is_empty() { "none at all".to_owned() } else { there.join(", ") };
             return Err(CheckpointError::NoMatch { selector: selector.to_string(), there });
         }
     }
-    let is_selected =
-        |id: &ResourceId| selectors.is_empty() || selectors.iter().any(|selector| selector.matches(id));
-    all.retain(|selected| is_selected(&selected.record.resource_id));
+    all.retain(|selected| {
+        selectors.is_empty() || selectors.iter().any(|selector| matches(selected, selector))
+    });
     for (index, selected) in all.iter().enumerate() {
-        let id = &selected.record.resource_id;
-        if all[..index].iter().any(|before| before.record.resource_id == *id) {
-            return Err(CheckpointError::Duplicate(id.clone()));
+        for id in selected.record.ids() {
+            if all[..index].iter().any(|before| before.record.ids().contains(&id)) {
+                return Err(CheckpointError::Duplicate(id.clone()));
+            }
         }
     }
     Ok(all)
 }
 
+/// Its ResourceID, and those of the mounts that share it.
+fn describe(selected: &Selected) -> String {
+    let ids: Vec<String> = selected.record.ids().iter().map(ToString::to_string).collect();
+    match ids.as_slice() {
+        [id] => id.clone(),
+        [id, aliases @ ..] => format!("{id} ({})", aliases.join(" ")),
+        [] => unreachable!("a filesystem has a ResourceID"),
+    }
+}
+
+/// The cgroups of the other containers that have one of the filesystems and run.
+fn others(dir: &StateDir, container: &str, selected: &[Selected]) -> Result<Vec<Cgroup>, CheckpointError> {
+    let users =
+        selected.iter().flat_map(|selected| &selected.record.users).map(|user| user.container.as_str());
+    let users: BTreeSet<&str> = users.filter(|user| *user != container).collect();
+    let mut cgroups = Vec::new();
+    for user in users {
+        let Some(record) = dir.container(user)? else { continue };
+        // One without a process is starting, which takes the lock that is held here, or has ended.
+        let Some(init) = record.init.filter(process::is_alive) else { continue };
+        cgroups.push(init.cgroup.ok_or_else(|| CheckpointError::NoCgroup(user.to_owned()))?);
+    }
+    Ok(cgroups)
+}
+
+/// Writing to a frozen filesystem would wait for ever.
+fn not_on_itself(image: &Path, selected: &[Selected]) -> Result<(), CheckpointError> {
+    let Ok(device) = device(image) else { return Ok(()) };
+    match selected.iter().find(|selected| self::device(&selected.mountpoint).is_ok_and(|own| own == device)) {
+        Some(selected) => {
+            Err(CheckpointError::OnItself { path: image.to_owned(), id: selected.record.resource_id.clone() })
+        }
+        None => Ok(()),
+    }
+}
+
+fn device(path: &Path) -> io::Result<u64> {
+    Ok(path.metadata()?.dev())
+}
+
 fn count_unlinked(cgroup: &Cgroup, selected: &[Selected]) -> Unlinked {
     // A mountpoint that can't be looked at is reported when it is saved.
-    let devices = selected.iter().filter_map(|selected| Some(selected.mountpoint.metadata().ok()?.dev()));
+    let devices = selected.iter().filter_map(|selected| device(&selected.mountpoint).ok());
     unlinked::count(&cgroup.processes(), &devices.collect::<Vec<_>>())
 }
 
@@ -259,6 +369,7 @@ struct Saved {
     pages: SettledPagesFile,
     tree: PartWriter,
     filesystems: Vec<SavedFilesystem>,
+    private: Vec<PrivateMemoryFileMeta>,
 }
 
 /// Reads the filesystems; nothing is durable yet.
@@ -275,17 +386,33 @@ fn save(
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
     let mut tree = PartWriter::new(image.file(image::TREE)?);
     let mut filesystems = Vec::new();
-    for Selected { record, mountpoint } in selected {
+    let mut private = Vec::new();
+    let mut frozen = Vec::new();
+    for selected in selected {
+        let Selected { record, mountpoint } = selected;
         let id = &record.resource_id;
         let view =
             open_view(mountpoint).map_err(|source| CheckpointError::Open { id: id.clone(), source })?;
         let tree_start = tree.position();
-        let saved = save_tree(&view, &container.ids, &memory, tree);
+        let mut offsets = Offsets::PagesFile;
+        let saved = match &record.filestore {
+            None => save_tree(&view, &container.ids, &memory, tree),
+            Some(path) => {
+                let (guard, meta) = selected.save_filestore(path, &pages, request)?;
+                frozen.push(guard);
+                let index = u32::try_from(private.len()).expect("a sandbox has fewer filesystems");
+                private.push(PrivateMemoryFileMeta { index, ..meta });
+                let (format, ids) = (PrivateFormat::Ext4, container.ids.clone());
+                offsets = Offsets::PrivateFile { index, format, ids };
+                save_private_tree(&view, &container.ids, tree)
+            }
+        };
         let (out, summary) = saved.map_err(|source| CheckpointError::Save { id: id.clone(), source })?;
         tree = out;
         filesystems.push(SavedFilesystem {
             resource_id: id.clone(),
-            offsets: Offsets::PagesFile,
+            aliases: record.ids().into_iter().filter(|alias| *alias != id).cloned().collect(),
+            offsets,
             tree_start,
             tree_end: tree.position(),
             options: options_text(record),
@@ -296,7 +423,8 @@ fn save(
         });
     }
     let pages = pages.settle().map_err(pages_failed)?;
-    Ok(Saved { pages, tree, filesystems })
+    drop(frozen);
+    Ok(Saved { pages, tree, filesystems, private })
 }
 
 /// Makes the parts durable and the directory an image.
@@ -308,7 +436,8 @@ fn commit(
 ) -> Result<(Manifest, PagesFileSummary), CheckpointError> {
     let pages = saved.pages.finish().map_err(|source| pages_failed(request, source))?;
     let tree = saved.tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
-    let meta = PagesMeta { pages_length: pages.length, digests: pages.digests.clone(), private: Vec::new() };
+    let (digests, private) = (pages.digests.clone(), saved.private);
+    let meta = PagesMeta { pages_length: pages.length, digests, private };
     let meta = meta.encode();
     image.write(image::META, &meta)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

@@ -8,7 +8,6 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use stillframe_pgalloc::Direct;
-use stillframe_tmpfs::decode::decode_tree;
 use stillframe_tmpfs::entry::{Kind, Tree};
 
 use crate::checkpoint::CheckpointRequest;
@@ -169,34 +168,32 @@ fn describe(result: &CheckpointResult) -> String {
     )
 }
 
-/// A tree of the image can't be used.
-#[derive(Debug, thiserror::Error)]
-#[error("the filesystem {id} of the image {}", image.display())]
-struct BadTree {
-    id: stillframe_tmpfs::ResourceId,
-    image: PathBuf,
-    #[source]
-    source: stillframe_tmpfs::decode::TreeError,
-}
-
 fn inspect(arguments: &Inspect) -> Result<String, Box<dyn Error>> {
     let path: &Path = &arguments.image;
     let mut image = Image::open(path)?;
-    image.verify_pages(path)?;
+    image.verify_pages()?;
     let manifest = &image.manifest;
     let mut text = String::new();
     writeln!(text, "image        {} (written by stillframe {})", path.display(), manifest.stillframe)?;
     writeln!(text, "pages        {} bytes, verified", manifest.pages_length)?;
     for (index, filesystem) in manifest.filesystems.iter().enumerate() {
         let id = &filesystem.resource_id;
-        let tree = decode_tree(image.archive(index), manifest.pages_length).map_err(|source| BadTree {
-            id: id.clone(),
-            image: path.to_owned(),
-            source,
-        })?;
+        let tree = image.decode_tree(index)?;
+        let mut more = String::new();
+        for alias in &filesystem.aliases {
+            writeln!(more, "  also       {alias}")?;
+        }
+        if let Some(private) = image.private_file(index) {
+            let there = private.extents.iter().map(|extent| extent.length).sum::<u64>();
+            writeln!(
+                more,
+                "  on disk    private file {} of {} bytes, {there} saved",
+                private.index, private.size
+            )?;
+        }
         writeln!(
             text,
-            "filesystem   {id}\n  options    {}\n  files      {} ({} names), {} bytes, {} with data\n  \
+            "filesystem   {id}\n{more}  options    {}\n  files      {} ({} names), {} bytes, {} with data\n  \
              tree.tar   bytes {} to {}",
             filesystem.options,
             filesystem.files,

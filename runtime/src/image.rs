@@ -13,9 +13,12 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use stillframe_pgalloc::{CHUNK_SIZE, MetaError, PagesMeta, digest_chunks};
+use stillframe_pgalloc::{CHUNK_SIZE, MetaError, PagesMeta, PrivateMemoryFileMeta, digest_chunks};
+use stillframe_tmpfs::ResourceId;
+use stillframe_tmpfs::decode::{TreeError, decode_tree};
+use stillframe_tmpfs::entry::Tree;
 
-use crate::manifest::{Digest, Manifest, ManifestError, Part};
+use crate::manifest::{Digest, Manifest, ManifestError, Offsets, Part};
 
 /// Names of the four files.
 pub const MANIFEST: &str = "manifest.json";
@@ -88,6 +91,27 @@ pub enum ImageError {
         start: u64,
         /// End of the chunk.
         end: u64,
+    },
+    /// The manifest and `pages.meta` contradict each other.
+    #[error("{path}: the filesystem {id} is in the private MemoryFile {index}, which isn't there")]
+    NoPrivateFile {
+        /// `pages.meta`.
+        path: PathBuf,
+        /// ResourceID of the filesystem.
+        id: ResourceId,
+        /// Number of the MemoryFile.
+        index: u32,
+    },
+    /// A tree can't be used.
+    #[error("the filesystem {id} of the image {path}")]
+    Tree {
+        /// The image directory.
+        path: PathBuf,
+        /// ResourceID of the filesystem.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: Box<TreeError>,
     },
     /// `pages.meta` is what was written and yet can't be understood.
     #[error("{path} can't be understood")]
@@ -238,6 +262,7 @@ impl Write for PartWriter {
 /// An image whose manifest, trees and page metadata are read and verified.
 #[derive(Debug)]
 pub struct Image {
+    path: PathBuf,
     /// The manifest.
     pub manifest: Manifest,
     /// The page metadata.
@@ -264,6 +289,13 @@ impl Image {
         let meta = read_part(&path.join(META), &manifest.meta)?;
         let meta =
             PagesMeta::decode(&meta).map_err(|source| ImageError::Meta { path: path.join(META), source })?;
+        for filesystem in &manifest.filesystems {
+            let Offsets::PrivateFile { index, .. } = filesystem.offsets else { continue };
+            if meta.private.iter().all(|private| private.index != index) {
+                let id = filesystem.resource_id.clone();
+                return Err(ImageError::NoPrivateFile { path: path.join(META), id, index });
+            }
+        }
         let pages_path = path.join(PAGES);
         if meta.pages_length != manifest.pages_length {
             let (expected, found) = (manifest.pages_length, meta.pages_length);
@@ -271,12 +303,17 @@ impl Image {
         }
         let pages = open_sized(&pages_path, manifest.pages_length)?;
         let tree = read_part(&path.join(TREE), &manifest.tree)?;
-        Ok(Self { manifest, meta, pages, tree })
+        Ok(Self { path: path.to_owned(), manifest, meta, pages, tree })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Reads the whole pages file and compares its digests; restoring does this by itself.
-    pub fn verify_pages(&mut self, path: &Path) -> Result<(), ImageError> {
-        let path = path.join(PAGES);
+    pub fn verify_pages(&mut self) -> Result<(), ImageError> {
+        let path = self.path.join(PAGES);
         let mut chunk = Vec::new();
         let mut start = 0;
         self.pages.rewind().map_err(at("read", &path))?;
@@ -290,6 +327,27 @@ impl Image {
             start = end;
         }
         Ok(())
+    }
+
+    /// The private MemoryFile of filesystem number `index` of the manifest, if it is in one.
+    pub fn private_file(&self, index: usize) -> Option<&PrivateMemoryFileMeta> {
+        match self.manifest.filesystems[index].offsets {
+            Offsets::PagesFile => None,
+            Offsets::PrivateFile { index, .. } => {
+                self.meta.private.iter().find(|private| private.index == index)
+            }
+        }
+    }
+
+    /// The tree of filesystem number `index` of the manifest; its extents are offsets in its private
+    /// MemoryFile where it has one, else in the pages file.
+    pub fn decode_tree(&self, index: usize) -> Result<Tree, ImageError> {
+        let length = self.private_file(index).map_or(self.manifest.pages_length, |private| private.size);
+        decode_tree(self.archive(index), length).map_err(|source| ImageError::Tree {
+            path: self.path.clone(),
+            id: self.manifest.filesystems[index].resource_id.clone(),
+            source: Box::new(source),
+        })
     }
 
     /// The archive of filesystem number `index` of the manifest.

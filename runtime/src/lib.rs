@@ -5,7 +5,11 @@
 
 pub mod checkpoint;
 pub mod cli;
+pub mod config;
+pub mod filestores;
+mod filesystems;
 pub mod freezer;
+pub mod hints;
 pub mod image;
 pub mod manifest;
 mod oci_runtime;

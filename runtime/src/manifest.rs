@@ -4,12 +4,13 @@
 //! bytes of `body` exactly as they stand in the file, and only then is the body decoded. The manifest is
 //! the last file of an image to appear (by rename), so a directory without one is no image.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use stillframe_pgalloc::{CHUNK_SIZE, digest_chunks};
-use stillframe_tmpfs::ResourceId;
+use stillframe_tmpfs::{Ids, ResourceId};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Value of `format`.
@@ -135,11 +136,28 @@ pub struct SavedContainer {
 }
 
 /// What the offsets in a tree's extents mean.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Offsets {
     /// Offsets in `pages.img` (main MemoryFile).
     PagesFile,
+    /// Offsets in a private MemoryFile, which is saved as a whole.
+    PrivateFile {
+        /// Its number in `pages.meta`.
+        index: u32,
+        /// What it is to whoever loads it as a whole.
+        format: PrivateFormat,
+        /// The user namespace's mappings when it was saved: on disk are the host's ids.
+        ids: Ids,
+    },
+}
+
+/// The contents of a private MemoryFile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrivateFormat {
+    /// A filesystem of Linux's ext4.
+    Ext4,
 }
 
 /// A saved filesystem.
@@ -147,6 +165,9 @@ pub enum Offsets {
 pub struct SavedFilesystem {
     /// Its ResourceID.
     pub resource_id: ResourceId,
+    /// Its other ResourceIDs: one for each mount of a filesystem that several mounts share.
+    #[serde(default)]
+    pub aliases: Vec<ResourceId>,
     /// Meaning of the offsets in its tree.
     pub offsets: Offsets,
     /// Start of its archive in `tree.tar`, in bytes.
@@ -163,6 +184,13 @@ pub struct SavedFilesystem {
     pub logical_bytes: u64,
     /// Bytes of file contents that are saved.
     pub data_bytes: u64,
+}
+
+impl SavedFilesystem {
+    /// All its ResourceIDs, the canonical one first.
+    pub fn ids(&self) -> impl Iterator<Item = &ResourceId> {
+        std::iter::once(&self.resource_id).chain(&self.aliases)
+    }
 }
 
 impl Manifest {
@@ -211,17 +239,24 @@ impl Manifest {
             }
         }
         let mut at = 0;
-        for (index, filesystem) in self.filesystems.iter().enumerate() {
+        let (mut ids, mut private) = (HashSet::new(), HashSet::new());
+        for filesystem in &self.filesystems {
             if filesystem.tree_start != at || filesystem.tree_end < at {
                 return Err("the filesystems' trees don't follow each other in tree.tar");
             }
             at = filesystem.tree_end;
             let id = &filesystem.resource_id;
-            if self.filesystems[..index].iter().any(|before| before.resource_id == *id) {
+            // What belongs to the pod belongs to no container.
+            if !id.container.is_empty() && !self.containers.iter().any(|known| known.name == id.container) {
+                return Err("a filesystem belongs to a container that isn't listed");
+            }
+            if !filesystem.ids().all(|id| ids.insert(id)) {
                 return Err("two filesystems have the same ResourceID");
             }
-            if !self.containers.iter().any(|container| container.name == id.container) {
-                return Err("a filesystem belongs to a container that isn't listed");
+            if let Offsets::PrivateFile { index, .. } = filesystem.offsets
+                && !private.insert(index)
+            {
+                return Err("two filesystems have the same private MemoryFile");
             }
         }
         if at != self.tree.length { Err("the filesystems' trees don't fill tree.tar") } else { Ok(()) }
@@ -235,6 +270,7 @@ mod tests {
     fn manifest() -> Manifest {
         let filesystem = |path: &str, tree_start, tree_end| SavedFilesystem {
             resource_id: ResourceId::new("c", path),
+            aliases: Vec::new(),
             offsets: Offsets::PagesFile,
             tree_start,
             tree_end,
@@ -255,9 +291,32 @@ mod tests {
         }
     }
 
+    /// A filesystem that belongs to the pod, and one with an alias.
+    fn with_private(offsets: &[Offsets; 2]) -> Manifest {
+        let mut manifest = manifest();
+        for (filesystem, offsets) in manifest.filesystems.iter_mut().zip(offsets) {
+            filesystem.offsets = offsets.clone();
+        }
+        manifest.filesystems[0].resource_id = ResourceId::new("", "volume");
+        manifest.filesystems[1].aliases = vec![ResourceId::new("other", "/b")];
+        manifest
+    }
+
     #[test]
     fn a_manifest_round_trips() {
         assert_eq!(Manifest::decode(&manifest().encode()).unwrap(), manifest());
+        let private = Offsets::PrivateFile { index: 7, format: PrivateFormat::Ext4, ids: Ids::default() };
+        let manifest = with_private(&[private, Offsets::PagesFile]);
+        assert_eq!(Manifest::decode(&manifest.encode()).unwrap(), manifest);
+    }
+
+    #[test]
+    fn a_manifest_without_aliases_is_one_with_none() {
+        let body = serde_json::to_string(&manifest()).unwrap().replace(r#""aliases":[],"#, "");
+        assert!(!body.contains("aliases"));
+        let digest = xxh3_64(body.as_bytes());
+        let text = format!(r#"{{"format":"{FORMAT}","version":1,"digest":"{digest:016x}","body":{body}}}"#);
+        assert_eq!(Manifest::decode(text.as_bytes()).unwrap(), manifest());
     }
 
     #[test]
@@ -296,7 +355,12 @@ mod tests {
     #[test]
     fn contradictions_are_refused() {
         type Change = fn(&mut Manifest);
-        let changes: [Change; 7] = [
+        let private =
+            |index| Offsets::PrivateFile { index, format: PrivateFormat::Ext4, ids: Ids::default() };
+        assert!(Manifest::decode(&with_private(&[private(0), private(1)]).encode()).is_ok());
+        let twice = with_private(&[private(1), private(1)]).encode();
+        assert!(matches!(Manifest::decode(&twice), Err(ManifestError::Contradiction(_))));
+        let changes: [Change; 9] = [
             |m| m.tree.length += 1,
             |m| m.meta.digests.clear(),
             |m| m.meta.chunk_size = 0,
@@ -304,6 +368,8 @@ mod tests {
             |m| m.filesystems[1].tree_end = 60_000,
             |m| m.filesystems[1].resource_id = m.filesystems[0].resource_id.clone(),
             |m| m.containers.clear(),
+            |m| m.filesystems[1].aliases = vec![m.filesystems[0].resource_id.clone()],
+            |m| m.filesystems[1].aliases = vec![ResourceId::new("x", "/y"), ResourceId::new("x", "/y")],
         ];
         for (index, change) in changes.into_iter().enumerate() {
             let mut manifest = manifest();

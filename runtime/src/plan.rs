@@ -1,7 +1,7 @@
 //! The mount plan: which mounts of a spec become filesystems of ours, and which are left to runc.
 //!
 //! Taken: every mount of type `tmpfs`, since it is empty at the start and its contents are the
-//! application's. Left:
+//! application's; and every bind mount that a hint ([`crate::hints`]) is for. Left:
 //!
 //! - `/dev` itself: runc fills it with device nodes, consoles and links after mounting it;
 //! - below `/proc` and `/sys`: these tmpfs hide something of the kernel's (masked paths) or hold cgroup
@@ -18,6 +18,7 @@ use stillframe_tmpfs::copy_up::open_in_root;
 use stillframe_tmpfs::options::{OptionsError, TmpfsOptions};
 use stillframe_tmpfs::resource::clean;
 
+use crate::hints::{HintError, Hints, Medium, Share};
 use crate::spec::Spec;
 
 /// A mount of the spec that becomes a filesystem of ours.
@@ -27,14 +28,31 @@ pub struct PlannedMount {
     pub index: usize,
     /// Destination in the container, clean.
     pub destination: String,
-    /// Its options, parsed.
+    /// Its options, with the hint's: what the container sees of the mount.
     pub options: TmpfsOptions,
+    /// The options that the filesystem is made with. What a pod shares has only the hint's.
+    pub superblock: TmpfsOptions,
+    /// Where its contents are.
+    pub medium: Medium,
+    /// Whether the OCI mount is a tmpfs; else it is a bind mount with a hint.
+    pub is_tmpfs: bool,
+    /// With whom it shares its filesystem.
+    pub volume: Option<Volume>,
     /// Its source, as mountinfo shows it.
     pub source: Option<String>,
     /// The directory that it will cover.
     pub below: Below,
     /// Mountpoints of later mounts that lie on it.
     pub mountpoints: Vec<Mountpoint>,
+}
+
+/// A filesystem that several mounts have, by the name of its hint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// The hint's name.
+    pub name: String,
+    /// Whose mounts.
+    pub share: Share,
 }
 
 /// A place on a filesystem where something else will be mounted.
@@ -74,6 +92,9 @@ pub enum PlanError {
         #[source]
         source: OptionsError,
     },
+    /// A hint can't be followed.
+    #[error(transparent)]
+    Hint(#[from] HintError),
     /// The rootfs couldn't be looked into.
     #[error("look for {path} in {root}")]
     Rootfs {
@@ -89,19 +110,43 @@ pub enum PlanError {
 
 /// The filesystems of a spec, in its order. `rootfs` is where the container's root is mounted.
 pub fn plan(spec: &Spec, rootfs: &Path) -> Result<Vec<PlannedMount>, PlanError> {
+    let hints = Hints::parse(spec.annotations())?;
     let mut planned: Vec<PlannedMount> = Vec::new();
     for (index, mount) in spec.mounts().iter().enumerate() {
-        if !is_taken(mount) {
+        let source = mount.source().as_ref().map(|source| source.to_string_lossy().into_owned());
+        let hint = source.as_deref().and_then(|source| hints.find(source));
+        let destination = destination(mount);
+        if !(is_tmpfs(mount) || is_bind(mount) && hint.is_some()) {
             continue;
         }
-        let destination = destination(mount);
-        let options = mount.options().clone().unwrap_or_default();
-        let options = TmpfsOptions::parse(&options)
+        if !may_be_taken(&destination) {
+            if let Some(hint) = hint {
+                tracing::warn!(hint = hint.name, destination, "a hint is ignored: the mount is runc's");
+            }
+            continue;
+        }
+        let own =
+            mount.options().iter().flatten().filter(|option| is_tmpfs(mount) || !is_bind_option(option));
+        let own = TmpfsOptions::parse(&own.cloned().collect::<Vec<_>>())
             .map_err(|source| PlanError::Options { destination: destination.clone(), source })?;
-        let source = mount.source().as_ref().map(|source| source.to_string_lossy().into_owned());
-        let below = below(&spec.mounts()[..index], &planned, &destination, rootfs)?;
-        let mountpoints = Vec::new();
-        planned.push(PlannedMount { index, destination, options, source, below, mountpoints });
+        let options = hint.map_or(own.clone(), |hint| own.overlaid(&hint.options));
+        let superblock = match hint {
+            Some(hint) if hint.share == Share::Pod => hint.options.clone(),
+            _ => options.clone(),
+        };
+        planned.push(PlannedMount {
+            index,
+            below: below(&spec.mounts()[..index], &planned, &destination, rootfs)?,
+            destination,
+            options,
+            superblock,
+            medium: hint.map_or(Medium::Memory, |hint| hint.medium_for(!is_tmpfs(mount))),
+            volume: hint.map(|hint| Volume { name: hint.name.clone(), share: hint.share }),
+            is_tmpfs: is_tmpfs(mount),
+            // What mountinfo shows of a bind mount isn't its source.
+            source: source.filter(|_| is_tmpfs(mount)),
+            mountpoints: Vec::new(),
+        });
     }
     for (index, mount) in spec.mounts().iter().enumerate() {
         let destination = destination(mount);
@@ -129,14 +174,16 @@ fn destination(mount: &Mount) -> String {
     clean(&mount.destination().to_string_lossy())
 }
 
-/// Whether a mount becomes ours; the module's documentation gives the reasons.
-fn is_taken(mount: &Mount) -> bool {
-    let destination = destination(mount);
+fn is_tmpfs(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("tmpfs")
-        && destination != "/"
+}
+
+/// Whether a mount there can be ours; the module's documentation gives the reasons.
+fn may_be_taken(destination: &str) -> bool {
+    destination != "/"
         && destination != "/dev"
-        && !is_at_or_below(&destination, "/proc")
-        && !is_at_or_below(&destination, "/sys")
+        && !is_at_or_below(destination, "/proc")
+        && !is_at_or_below(destination, "/sys")
 }
 
 fn is_at_or_below(path: &str, directory: &str) -> bool {
@@ -172,8 +219,11 @@ fn below(
 
 fn is_bind(mount: &Mount) -> bool {
     let options = mount.options().as_deref().unwrap_or_default();
-    mount.typ().as_deref() == Some("bind")
-        || options.iter().any(|option| option == "bind" || option == "rbind")
+    mount.typ().as_deref() == Some("bind") || options.iter().any(|option| is_bind_option(option))
+}
+
+fn is_bind_option(option: &str) -> bool {
+    option == "bind" || option == "rbind"
 }
 
 #[cfg(test)]
@@ -251,6 +301,57 @@ mod tests {
             |number: usize| plan[number].mountpoints.iter().map(|on| on.path.as_str()).collect::<Vec<_>>();
         assert_eq!(plan[1].destination, "/data");
         assert_eq!(on(1), ["/below", ""], "and the second /data covers the first");
+    }
+
+    #[test]
+    fn hints_decide_about_medium_and_sharing() {
+        let rootfs = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let hint = |name: &str, source: &str, medium: &str, share: &str, options: &str| {
+            [("source", source), ("medium", medium), ("share", share), ("options", options)]
+                .map(|(field, value)| format!(r#""dev.stillframe.mount.{name}.{field}":"{value}""#))
+                .join(",")
+        };
+        let annotations = [
+            hint("disk", "/host/disk", "disk", "container", "size=1m,mode=700"),
+            hint("pod", "/host/pod", "memory", "pod", "size=2m,noexec"),
+            hint("scratch", "scratch", "disk", "container", ""),
+        ]
+        .join(",");
+        let mounts = r#"
+            {"destination":"/a","type":"bind","source":"/host/disk","options":["rbind","ro","size=3m","uid=5"]},
+            {"destination":"/b","type":"bind","source":"/host/pod","options":["bind","nodev","size=3m"]},
+            {"destination":"/c","type":"tmpfs","source":"scratch","options":["size=4m"]},
+            {"destination":"/d","type":"bind","source":"/host/other","options":["bind"]},
+            {"destination":"/proc/x","type":"bind","source":"/host/disk","options":["bind"]},
+            {"destination":"/q","type":"mqueue","source":"/host/disk"},
+            {"destination":"/t","type":"tmpfs","source":"tmpfs"}"#;
+        let config = format!(r#"{{"annotations":{{{annotations}}},"mounts":[{mounts}]}}"#);
+        fs::write(dir.path().join("config.json"), config).unwrap();
+        let plan = plan(&Spec::read(dir.path()).unwrap(), rootfs.path()).unwrap();
+        let described: Vec<_> = plan
+            .iter()
+            .map(|mount| {
+                let volume = mount.volume.as_ref().map(|volume| (volume.name.as_str(), volume.share));
+                let size = |options: &TmpfsOptions| options.size.clone().unwrap_or_default();
+                let sizes = (size(&mount.options), size(&mount.superblock));
+                (mount.destination.as_str(), mount.medium, volume, sizes, mount.source.as_deref())
+            })
+            .collect();
+        let sizes = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        assert_eq!(
+            described,
+            [
+                ("/a", Medium::Disk, Some(("disk", Share::Container)), sizes("1m", "1m"), None),
+                ("/b", Medium::Memory, Some(("pod", Share::Pod)), sizes("2m", "2m"), None),
+                ("/c", Medium::Disk, Some(("scratch", Share::Container)), sizes("4m", "4m"), Some("scratch")),
+                ("/t", Medium::Memory, None, sizes("", ""), Some("tmpfs")),
+            ]
+        );
+        assert_eq!((plan[0].options.mode, plan[0].options.uid), (Some(0o700), Some(5)));
+        assert!(plan[0].options.flags.ro);
+        let (mount, superblock) = (plan[1].options.flags, plan[1].superblock.flags);
+        assert!(mount.nodev && mount.noexec && superblock.noexec && !superblock.nodev);
     }
 
     #[test]

@@ -2,23 +2,29 @@
 //!
 //! Decode, validate everything, build: nothing is built before every tree has been decoded and fits its
 //! filesystem. The filesystems are fresh and no process can reach them yet, so the caller undoes a
-//! failure by unmounting them.
+//! failure by removing them.
 //!
-//! Matching is by ResourceID. A container that no annotation names is called by its id, which another
-//! container can't have; so if the image holds one container and either side is unnamed, its
-//! filesystems are matched by path alone. Whatever isn't matched is reported, on either side.
+//! Matching is by ResourceID, also by those of a shared filesystem's mounts. A container that no annotation names is
+//! called by its id, which another container can't have; so if the image holds one container and either side is unnamed,
+//! its filesystems are matched by path alone. Whatever isn't matched is reported, on either side, and so is
+//! what was there before: a pod's filesystem is restored for the first container that has it.
+//!
+//! What was saved on disk and goes to disk is loaded as a whole; everything else goes through its tree, on
+//! whatever medium it was.
 
 use std::path::{Path, PathBuf};
 
-use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadOptions};
+use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadOptions, MemoryFile, PrivateMemoryFileMeta};
 use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::build::{BuildError, BuildOptions, build_tree, check_tree};
-use stillframe_tmpfs::decode::{TreeError, decode_tree};
 use stillframe_tmpfs::entry::Tree;
-use stillframe_tmpfs::mount::{MountError, open_root, usage};
+use stillframe_tmpfs::filestore::{self, FilestoreError, Root};
+use stillframe_tmpfs::mount::{DefaultMode, MountError, TmpfsMount, open_root, open_view, unmount, usage};
+use stillframe_tmpfs::options::TmpfsOptions;
+use stillframe_tmpfs::private::{self, PrivateError};
 
 use crate::image::{Image, ImageError, PAGES};
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, Offsets, PrivateFormat};
 
 /// Why an image couldn't be restored.
 #[derive(Debug, thiserror::Error)]
@@ -26,16 +32,16 @@ pub enum RestoreError {
     /// The image can't be used.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// A tree can't be used.
+    /// A tree and its private MemoryFile contradict each other.
     #[error("the filesystem {id} of the image {image}")]
-    Tree {
+    Private {
         /// Its ResourceID in the image.
         id: ResourceId,
         /// The image directory.
         image: PathBuf,
-        /// Why.
+        /// How.
         #[source]
-        source: Box<TreeError>,
+        source: PrivateError,
     },
     /// The new filesystem couldn't be looked into.
     #[error("open the new filesystem {id}")]
@@ -55,6 +61,15 @@ pub enum RestoreError {
         #[source]
         source: BuildError,
     },
+    /// A filestore couldn't be replaced by the saved one.
+    #[error("restore the filesystem {id} on disk")]
+    Filestore {
+        /// Its ResourceID.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: Box<FilestoreError>,
+    },
     /// The pages couldn't be loaded.
     #[error("load {path}")]
     Load {
@@ -73,6 +88,8 @@ pub struct RestoreResult {
     pub restored: Vec<(ResourceId, ResourceId)>,
     /// Filesystems of the image for which the container has no mount.
     pub unused: Vec<ResourceId>,
+    /// ResourceIDs in the image and of the pod, of each filesystem that was there before and stays as it is.
+    pub kept: Vec<(ResourceId, ResourceId)>,
     /// Filesystems of the container which the image doesn't hold: they start empty.
     pub empty: Vec<ResourceId>,
     /// Bytes of pages that were loaded.
@@ -81,76 +98,129 @@ pub struct RestoreResult {
     pub entries: u64,
 }
 
-/// A fresh filesystem to restore into.
+/// A filesystem of the container that is being made.
 #[derive(Clone, Debug)]
 pub struct Target {
+    /// Name of its directory.
+    pub name: String,
     /// Its ResourceID.
     pub id: ResourceId,
+    /// Its ResourceIDs by this container's mounts, where they are others.
+    pub aliases: Vec<ResourceId>,
     /// Whether an annotation named its container.
     pub named: bool,
     /// Where it is mounted on the host.
     pub mountpoint: PathBuf,
+    /// Whether it was made just now, so that nobody has it yet.
+    pub fresh: bool,
+    /// What it takes to replace it as a whole, if it is on disk.
+    pub disk: Option<DiskTarget>,
 }
 
-/// Pairs of a filesystem of the image and a target, by their numbers.
+/// A filesystem on disk.
+#[derive(Clone, Debug)]
+pub struct DiskTarget {
+    /// The file that holds it.
+    pub path: PathBuf,
+    /// The options it is mounted with.
+    pub options: TmpfsOptions,
+    /// SELinux label of everything on it.
+    pub label: Option<String>,
+}
+
+impl Target {
+    fn ids(&self) -> impl Iterator<Item = &ResourceId> {
+        std::iter::once(&self.id).chain(&self.aliases)
+    }
+}
+
+/// Pairs of a filesystem of the image and a target, by their numbers; each is in one pair at most.
 pub fn match_filesystems(manifest: &Manifest, targets: &[Target]) -> Vec<(usize, usize)> {
-    let one_container = manifest.containers.len() == 1;
     let saved_named = manifest.containers.iter().all(|container| container.named);
-    let mut pairs = Vec::new();
-    for (index, filesystem) in manifest.filesystems.iter().enumerate() {
-        let id = &filesystem.resource_id;
-        let fits = |target: &Target| {
-            let by_path = one_container && !(saved_named && target.named);
-            target.id == *id || (by_path && target.id.path == id.path)
-        };
-        // The last of equals: of two mounts at one path, the container sees the later one.
-        if let Some(target) = targets.iter().rposition(fits) {
-            pairs.push((index, target));
+    let only = match manifest.containers.as_slice() {
+        [container] => Some(&container.name),
+        _ => None,
+    };
+    let mut pairs: Vec<(usize, usize)> = Vec::new();
+    // A filesystem's own name counts before those of its mounts.
+    for by_alias in [false, true] {
+        for (index, filesystem) in manifest.filesystems.iter().enumerate() {
+            let fits = |target: &Target| {
+                if !by_alias {
+                    return target.id == filesystem.resource_id;
+                }
+                filesystem.ids().any(|id| {
+                    let by_path = only == Some(&id.container) && !(saved_named && target.named);
+                    let mut ids = target.ids();
+                    ids.any(|own| own == id || (by_path && !own.container.is_empty() && own.path == id.path))
+                })
+            };
+            let free = |number: usize| pairs.iter().all(|(_, target)| *target != number);
+            // The last of equals: of two mounts at one path, the container sees the later one.
+            let target = (0..targets.len()).rev().find(|number| fits(&targets[*number]) && free(*number));
+            if let Some(target) = target.filter(|_| pairs.iter().all(|(saved, _)| *saved != index)) {
+                pairs.push((index, target));
+            }
         }
     }
+    pairs.sort_unstable();
     pairs
 }
 
-/// Restores what `pairs` says of `image`, opened from the directory `path`, into the `targets`.
+/// How a filesystem is restored.
+enum Way {
+    /// By building the tree, whose extents are in the pages file.
+    Build,
+    /// By loading the filestore that it was on, which then gets `size` bytes.
+    Whole { private: PrivateMemoryFileMeta, size: u64 },
+}
+
+/// One filesystem to restore.
+struct Job<'a> {
+    tree: Tree,
+    target: &'a Target,
+    way: Way,
+}
+
+/// Restores what `pairs` says of `image` into the `targets` that are fresh.
 pub fn restore(
-    path: &Path,
     image: Image,
     targets: &[Target],
     pairs: &[(usize, usize)],
     options: &BuildOptions,
 ) -> Result<RestoreResult, RestoreError> {
-    let mut trees: Vec<(Tree, &Target)> = Vec::new();
-    for (index, target) in pairs {
-        let target = &targets[*target];
-        let tree = decode_tree(image.archive(*index), image.manifest.pages_length).map_err(|source| {
-            let id = image.manifest.filesystems[*index].resource_id.clone();
-            RestoreError::Tree { id, image: path.to_owned(), source: source.into() }
-        })?;
-        let usage = usage(&target.mountpoint)
-            .map_err(|source| RestoreError::Open { id: target.id.clone(), source })?;
-        check_tree(&tree, options, &usage)
-            .map_err(|source| RestoreError::Build { id: target.id.clone(), source })?;
-        trees.push((tree, target));
-    }
     let mut result = report(&image.manifest, targets, pairs);
-
-    let load_failed = |source| RestoreError::Load { path: path.join(PAGES), source };
+    let mut jobs = Vec::new();
+    for (index, target) in pairs.iter().filter(|(_, target)| targets[*target].fresh) {
+        jobs.push(prepare(&image, *index, &targets[*target], options)?);
+    }
+    let image_path = image.path().to_owned();
+    let load_failed = |source| RestoreError::Load { path: image_path.join(PAGES), source };
     let loader = AsyncPagesFileLoad::new(image.pages, image.meta.digests, LoadOptions::default())
         .map_err(load_failed)?;
     let mut roots = Vec::new();
-    for (_, target) in &trees {
-        let root = open_root(&target.mountpoint);
+    for Job { target, way, .. } in &jobs {
+        // An open root would hold a filesystem that is about to be replaced.
+        let root = match way {
+            Way::Build => Some(open_root(&target.mountpoint)),
+            Way::Whole { .. } => None,
+        };
+        let root = root.transpose();
         roots.push(root.map_err(|source| RestoreError::Open { id: target.id.clone(), source })?);
     }
     let mut built = Vec::new();
     let mut failed = None;
-    for ((tree, target), root) in trees.iter().zip(&roots) {
-        match build_tree(root, tree, options, &loader) {
-            Ok(tree) => built.push((tree, *target)),
-            Err(source) => {
-                failed = Some(RestoreError::Build { id: target.id.clone(), source });
-                break;
-            }
+    for (Job { tree, target, way }, root) in jobs.iter().zip(&roots) {
+        let begun = match (way, root) {
+            (Way::Build, Some(root)) => build_tree(root, tree, options, &loader)
+                .map(|tree| built.push((tree, *target)))
+                .map_err(|source| RestoreError::Build { id: target.id.clone(), source }),
+            (Way::Whole { private, .. }, _) => replace(target, private, &loader, load_failed),
+            (Way::Build, None) => unreachable!("its root was opened above"),
+        };
+        if let Err(error) = begun {
+            failed = Some(error);
+            break;
         }
         result.entries += tree.inodes();
     }
@@ -162,18 +232,118 @@ pub fn restore(
     for (tree, target) in built {
         tree.finish().map_err(|source| RestoreError::Build { id: target.id.clone(), source })?;
     }
+    for Job { tree, target, way } in &jobs {
+        if let Way::Whole { size, .. } = way {
+            mount_again(tree, target, *size, options, &image_path)?;
+        }
+    }
     result.bytes = loaded.bytes;
     Ok(result)
+}
+
+/// Decodes a filesystem of the image, decides how it is restored, and judges whether it fits.
+fn prepare<'a>(
+    image: &Image,
+    index: usize,
+    target: &'a Target,
+    options: &BuildOptions,
+) -> Result<Job<'a>, RestoreError> {
+    let mut tree = image.decode_tree(index)?;
+    let open_failed = |source| RestoreError::Open { id: target.id.clone(), source };
+    let mut usage = usage(&target.mountpoint).map_err(open_failed)?;
+    let mut way = Way::Build;
+    let saved = &image.manifest.filesystems[index];
+    if let (Some(private), Offsets::PrivateFile { format, ids, .. }) =
+        (image.private_file(index), &saved.offsets)
+    {
+        let failed = |source| {
+            let id = saved.resource_id.clone();
+            RestoreError::Private { id, image: image.path().to_owned(), source }
+        };
+        private::judge(&tree, private).map_err(failed)?;
+        let same = *format == PrivateFormat::Ext4 && *ids == options.ids;
+        let size = target.disk.as_ref().and_then(|disk| room_for(disk, private));
+        if let Some(size) = size.filter(|_| same && filestore::survives_e2fsck(&tree)) {
+            way = Way::Whole { private: private.clone(), size };
+            // It brings its inodes along.
+            (usage.inodes, usage.used_inodes) = (None, None);
+        } else {
+            tree = private::translate(tree, private).map_err(failed)?;
+        }
+    }
+    check_tree(&tree, options, &usage)
+        .map_err(|source| RestoreError::Build { id: target.id.clone(), source })?;
+    Ok(Job { tree, target, way })
+}
+
+/// The size of a fresh filestore, if it can become the saved one: not if that is larger, nor if the number of inodes
+/// is asked for.
+fn room_for(disk: &DiskTarget, private: &PrivateMemoryFileMeta) -> Option<u64> {
+    let size = disk.path.metadata().ok()?.len();
+    (private.size <= size && disk.options.nr_inodes.is_none()).then_some(size)
+}
+
+/// Puts another file in the place of a fresh filestore, and has the saved one loaded into it. Another one, since the
+/// kernel may have the old one for a while.
+fn replace(
+    target: &Target,
+    private: &PrivateMemoryFileMeta,
+    loader: &AsyncPagesFileLoad,
+    load_failed: impl Fn(LoadError) -> RestoreError,
+) -> Result<(), RestoreError> {
+    let path = &target.disk.as_ref().expect("only what is on disk is restored as a whole").path;
+    unmount(&target.mountpoint).map_err(|source| RestoreError::Open { id: target.id.clone(), source })?;
+    let file = filestore::replace(path)
+        .map_err(|source| RestoreError::Filestore { id: target.id.clone(), source: Box::new(source) })?;
+    MemoryFile::private(file).load_from(loader, private).map_err(load_failed)
+}
+
+/// Mounts a filestore that has been loaded, and compares it with its tree.
+fn mount_again(
+    tree: &Tree,
+    target: &Target,
+    size: u64,
+    options: &BuildOptions,
+    image: &Path,
+) -> Result<(), RestoreError> {
+    let disk = target.disk.as_ref().expect("only what is on disk is restored as a whole");
+    let mount = TmpfsMount {
+        options: &disk.options,
+        source: None,
+        default_mode: DefaultMode::Absent,
+        uid_map: &options.ids.uid,
+        gid_map: &options.ids.gid,
+        label: disk.label.as_deref(),
+    };
+    let mount = || -> Result<(), FilestoreError> {
+        filestore::adopt(&disk.path, size)?;
+        filestore::mount(&disk.path, &mount, Root::Saved(tree), &target.mountpoint)
+    };
+    mount().map_err(|source| RestoreError::Filestore { id: target.id.clone(), source: Box::new(source) })?;
+    let view = open_view(&target.mountpoint)
+        .map_err(|source| RestoreError::Open { id: target.id.clone(), source })?;
+    private::verify(&view, &options.ids, tree).map_err(|source| RestoreError::Private {
+        id: target.id.clone(),
+        image: image.to_owned(),
+        source,
+    })
 }
 
 fn report(manifest: &Manifest, targets: &[Target], pairs: &[(usize, usize)]) -> RestoreResult {
     let saved = |index: usize| manifest.filesystems[index].resource_id.clone();
     let unused =
         (0..manifest.filesystems.len()).filter(|index| pairs.iter().all(|(saved, _)| saved != index));
-    let empty =
-        targets.iter().enumerate().filter(|(index, _)| pairs.iter().all(|(_, target)| target != index));
+    let empty = targets
+        .iter()
+        .enumerate()
+        .filter(|(index, target)| target.fresh && pairs.iter().all(|(_, paired)| paired != index));
+    let paired = |fresh: bool| {
+        let pairs = pairs.iter().filter(move |(_, target)| targets[*target].fresh == fresh);
+        pairs.map(|(index, target)| (saved(*index), targets[*target].id.clone())).collect()
+    };
     RestoreResult {
-        restored: pairs.iter().map(|(index, target)| (saved(*index), targets[*target].id.clone())).collect(),
+        restored: paired(true),
+        kept: paired(false),
         unused: unused.map(saved).collect(),
         empty: empty.map(|(_, target)| target.id.clone()).collect(),
         bytes: 0,
@@ -189,6 +359,7 @@ mod tests {
     fn manifest(containers: &[(&str, bool)], ids: &[(&str, &str)]) -> Manifest {
         let filesystem = |(container, path): &(&str, &str)| SavedFilesystem {
             resource_id: ResourceId::new(*container, path),
+            aliases: Vec::new(),
             offsets: Offsets::PagesFile,
             tree_start: 0,
             tree_end: 0,
@@ -214,9 +385,13 @@ mod tests {
 
     fn targets(ids: &[(&str, &str)], named: bool) -> Vec<Target> {
         let target = |(container, path): &(&str, &str)| Target {
+            name: String::new(),
             id: ResourceId::new(*container, path),
+            aliases: Vec::new(),
             named,
             mountpoint: PathBuf::new(),
+            fresh: true,
+            disk: None,
         };
         ids.iter().map(target).collect()
     }
@@ -254,5 +429,40 @@ mod tests {
         assert_eq!(result.restored, [(ResourceId::new("c", "/b"), ResourceId::new("c", "/b"))]);
         assert_eq!(result.unused, [ResourceId::new("c", "/a")]);
         assert_eq!(result.empty, [ResourceId::new("c", "/n")]);
+    }
+
+    #[test]
+    fn a_shared_filesystem_is_found_by_any_of_its_names() {
+        let saved = |named| {
+            let mut manifest = manifest(&[("web", named)], &[("", "vol"), ("web", "/own")]);
+            manifest.filesystems[0].aliases = vec![ResourceId::new("web", "/v"), ResourceId::new("db", "/d")];
+            manifest
+        };
+        let target = |id: (&str, &str), aliases: &[(&str, &str)], named| {
+            let mut target = targets(&[id], named).remove(0);
+            target.aliases =
+                aliases.iter().map(|(container, path)| ResourceId::new(*container, path)).collect();
+            target
+        };
+        for (what, saved_named, target, want) in [
+            ("by its own name", true, target(("", "vol"), &[("x", "/x")], true), Some(0)),
+            ("its name has changed", true, target(("", "new"), &[("db", "/d")], true), Some(0)),
+            ("by none", true, target(("", "new"), &[("db", "/v")], true), None),
+            ("shared no more", true, target(("web", "/v"), &[], true), Some(0)),
+            ("shared since", true, target(("", "new"), &[("web", "/own")], true), Some(1)),
+            ("by path, of the container's", false, target(("", "new"), &[("id", "/v")], true), Some(0)),
+            ("by path, of another's", false, target(("", "new"), &[("id", "/d")], true), None),
+            ("a name is no path", false, target(("", "v"), &[], false), None),
+        ] {
+            let pairs = match_filesystems(&saved(saved_named), std::slice::from_ref(&target));
+            assert_eq!(pairs, want.map(|index| (index, 0)).into_iter().collect::<Vec<_>>(), "{what}");
+        }
+        // Each once, and its own name first.
+        let both = [target(("", "other"), &[("web", "/v")], true), target(("", "vol"), &[], true)];
+        assert_eq!(match_filesystems(&saved(true), &both), [(0, 1)]);
+        let mut both = both;
+        both[1].fresh = false;
+        let result = report(&saved(true), &both, &[(0, 1)]);
+        assert_eq!((result.restored.len(), result.kept.len(), result.empty.len()), (0, 1, 1));
     }
 }

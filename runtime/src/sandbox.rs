@@ -6,26 +6,27 @@
 //! `prepare` that died half-way. Blocking.
 
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::build::BuildOptions;
-use stillframe_tmpfs::copy_up::{CopyUpError, copy_up, open_in_root};
-use stillframe_tmpfs::mount::{MountError, TmpfsMount, mount_tmpfs, open_root, unmount};
-use stillframe_tmpfs::mountpoint::make_mountpoint;
-use stillframe_tmpfs::{Ids, ResourceId};
+use stillframe_tmpfs::copy_up::CopyUpError;
+use stillframe_tmpfs::filestore::FilestoreError;
+use stillframe_tmpfs::mount::MountError;
 
 pub use crate::checkpoint::{CheckpointError, CheckpointRequest, CheckpointResult};
+use crate::config::{Config, ConfigError};
+use crate::filestores::Filestores;
+use crate::filesystems::{self, Maker};
 use crate::freezer::FreezeError;
 use crate::image::Image;
-use crate::oci_runtime;
-use crate::plan::{Below, Mountpoint, PlanError, PlannedMount, plan};
+use crate::plan::{PlanError, PlannedMount, plan};
 use crate::process;
 pub use crate::restore::{RestoreError, RestoreResult};
-use crate::restore::{Target, match_filesystems, restore};
+use crate::restore::{match_filesystems, restore};
 use crate::spec::{Spec, SpecError};
 pub use crate::state::StateError;
-use crate::state::{ContainerRecord, FilesystemRecord, Locked, STATE_ROOT, StateDir};
+use crate::state::{ContainerRecord, Locked, STATE_ROOT, StateDir};
 
 /// What `prepare` is asked to do.
 #[derive(Clone, Debug)]
@@ -96,6 +97,35 @@ pub enum PrepareError {
         #[source]
         source: io::Error,
     },
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A filesystem on disk couldn't be made.
+    #[error("make {id} on disk")]
+    Filestore {
+        /// Its ResourceID.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: Box<FilestoreError>,
+    },
+    /// A shared filesystem has another medium than a mount asks for.
+    #[error(
+        "mount {destination}: the filesystem {id} that it shares is there already, on another medium; \
+         give all containers of the pod the same hints"
+    )]
+    Medium {
+        /// ResourceID of the filesystem.
+        id: ResourceId,
+        /// Destination of the mount.
+        destination: String,
+    },
+    /// The record of a filesystem that was just made or seen is gone.
+    #[error("the record of the filesystem {name} is gone: something else removes files in {STATE_ROOT}")]
+    Vanished {
+        /// Name of its directory.
+        name: String,
+    },
     /// The directory below couldn't be copied up.
     #[error("copy up into {id}")]
     CopyUp {
@@ -145,12 +175,19 @@ pub enum RemoveError {
 #[derive(Clone, Debug)]
 pub struct Sandbox {
     dir: StateDir,
+    /// `None`: the node's.
+    config: Option<Config>,
 }
 
 impl Sandbox {
     /// The sandbox `sandbox_id` of a containerd namespace. Nothing is made.
     pub fn new(namespace: &str, sandbox_id: &str) -> Result<Self, StateError> {
-        Ok(Self { dir: StateDir::new(Path::new(STATE_ROOT), namespace, sandbox_id)? })
+        Ok(Self { dir: StateDir::new(Path::new(STATE_ROOT), namespace, sandbox_id)?, config: None })
+    }
+
+    /// The same sandbox, with `config` instead of the node's configuration.
+    pub fn with_config(self, config: Config) -> Self {
+        Self { config: Some(config), ..self }
     }
 
     /// Finds the sandbox that holds a container.
@@ -158,7 +195,7 @@ impl Sandbox {
         for sandbox in StateDir::sandboxes(Path::new(STATE_ROOT), namespace)? {
             let dir = StateDir::new(Path::new(STATE_ROOT), namespace, &sandbox)?;
             if dir.container(container_id)?.is_some() {
-                return Ok(Some(Self { dir }));
+                return Ok(Some(Self { dir, config: None }));
             }
         }
         Ok(None)
@@ -172,9 +209,11 @@ impl Sandbox {
         let plan = plan(&spec, &request.rootfs)?;
         // An image is judged before anything is mounted.
         let image = match &request.restore_from {
-            Some(path) => Some((path.as_path(), Image::open(path).map_err(RestoreError::from)?)),
+            Some(path) => Some(Image::open(path).map_err(RestoreError::from)?),
             None => None,
         };
+        // Before the sandbox is locked: it locks others.
+        Filestores::new(&self.config()?.filestore_dir).sweep(Path::new(STATE_ROOT));
         let locked = self.dir.create()?;
         if self.dir.container(id)?.is_some() {
             return Err(PrepareError::Exists(id.clone()));
@@ -205,105 +244,57 @@ impl Sandbox {
         request: &PrepareRequest,
         spec: &mut Spec,
         plan: &[PlannedMount],
-        image: Option<(&Path, Image)>,
+        image: Option<Image>,
         record: &mut ContainerRecord,
     ) -> Result<Prepared, PrepareError> {
-        let mut targets = Vec::new();
+        let original = spec.clone();
+        let filestores = Filestores::new(&self.config()?.filestore_dir);
+        let mut maker = Maker {
+            locked,
+            filestores: &filestores,
+            request,
+            spec: &original,
+            plan,
+            record,
+            targets: Vec::new(),
+            of_mounts: Vec::new(),
+        };
         for (number, planned) in plan.iter().enumerate() {
-            let name = locked.make_filesystem(&record.id, number)?;
-            let id = ResourceId::new(record.name.clone(), &planned.destination);
-            let mountpoint = self.dir.mountpoint(&name);
-            self.mount(spec, planned, &targets, request, &id, &mountpoint)?;
-            locked.put_filesystem(
-                &name,
-                &FilesystemRecord { resource_id: id.clone(), options: planned.options.clone() },
-            )?;
-            spec.replace_with_bind(planned.index, &mountpoint, planned.options.bind_options());
-            record.filesystems.push(name);
-            targets.push(Target { id, named: record.named, mountpoint });
+            let target = maker.obtain(number)?;
+            spec.replace_with_bind(planned.index, &target.mountpoint, planned.options.bind_options());
         }
-        let pairs = image.as_ref().map(|(_, image)| match_filesystems(&image.manifest, &targets));
+        let pairs = image.as_ref().map(|image| match_filesystems(&image.manifest, &maker.targets));
         let pairs = pairs.unwrap_or_default();
         for (number, planned) in plan.iter().enumerate() {
-            // What is restored replaces what would be copied up.
-            if planned.options.copy_up && pairs.iter().all(|(_, target)| *target != number) {
-                self.copy_up(planned, &targets, number)?;
+            let target = maker.of_mounts[number];
+            // What is restored replaces what would be copied up, and what is there already has its contents.
+            if planned.options.copy_up
+                && maker.targets[target].fresh
+                && !maker.of_mounts[..number].contains(&target)
+                && pairs.iter().all(|(_, restored)| *restored != target)
+            {
+                maker.copy_up(number)?;
             }
         }
         let restored = match image {
             None => None,
-            Some((path, image)) => {
-                let options = BuildOptions { ids: record.ids.clone(), devices: spec.may_make_devices() };
-                Some(restore(path, image, &targets, &pairs, &options)?)
+            Some(image) => {
+                let ids = maker.record.ids.clone();
+                let options = BuildOptions { ids, devices: spec.may_make_devices() };
+                Some(restore(image, &maker.targets, &pairs, &options)?)
             }
         };
-        for (planned, target) in plan.iter().zip(&targets).filter(|(planned, _)| planned.options.flags.ro) {
-            self.make_mountpoints(planned, target, &record.ids)?;
+        for (number, _) in plan.iter().enumerate().filter(|(_, planned)| planned.options.flags.ro) {
+            maker.make_mountpoints(number, &maker.record.ids)?;
         }
+        let Maker { targets, record, .. } = maker;
         locked.put_container(record)?;
         spec.write()?;
         Ok(Prepared { filesystems: targets.into_iter().map(|target| target.id).collect(), restored })
     }
 
-    fn mount(
-        &self,
-        spec: &Spec,
-        planned: &PlannedMount,
-        targets: &[Target],
-        request: &PrepareRequest,
-        id: &ResourceId,
-        mountpoint: &Path,
-    ) -> Result<(), PrepareError> {
-        let below = |source| PrepareError::Below { destination: planned.destination.clone(), source };
-        let mode = match &planned.below {
-            Below::Nothing => None,
-            Below::Directory { root, path } => match open_in_root(root, path).map_err(below)? {
-                Some(dir) => Some(dir.metadata().map_err(below)?.mode()),
-                None => None,
-            },
-            Below::Planned(number) => Some(targets[*number].mountpoint.metadata().map_err(below)?.mode()),
-        };
-        let default_mode = oci_runtime::default_mode(&request.runtime, mode.map(|mode| mode & 0o7777));
-        let mount = TmpfsMount {
-            options: &planned.options,
-            source: planned.source.as_deref(),
-            default_mode,
-            uid_map: &spec.ids().uid,
-            gid_map: &spec.ids().gid,
-            label: spec.mount_label(),
-        };
-        mount_tmpfs(&mount, mountpoint).map_err(|source| PrepareError::Mount { id: id.clone(), source })
-    }
-
-    fn copy_up(&self, planned: &PlannedMount, targets: &[Target], number: usize) -> Result<(), PrepareError> {
-        let below = |source| PrepareError::Below { destination: planned.destination.clone(), source };
-        let source = match &planned.below {
-            Below::Nothing => None,
-            Below::Directory { root, path } => open_in_root(root, path).map_err(below)?,
-            Below::Planned(number) => open_in_root(&targets[*number].mountpoint, "/").map_err(below)?,
-        };
-        let Some(source) = source else { return Ok(()) };
-        let Target { id, mountpoint, .. } = &targets[number];
-        let root = open_root(mountpoint).map_err(|source| PrepareError::Mount { id: id.clone(), source })?;
-        copy_up(&source, &root).map_err(|source| PrepareError::CopyUp { id: id.clone(), source })
-    }
-
-    /// On a filesystem that the container sees read-only, runc couldn't make them any more.
-    fn make_mountpoints(
-        &self,
-        planned: &PlannedMount,
-        target: &Target,
-        ids: &Ids,
-    ) -> Result<(), PrepareError> {
-        let root = || ids.uid.to_host(0).zip(ids.gid.to_host(0)).unwrap_or_default();
-        for Mountpoint { path, directory } in planned.mountpoints.iter().filter(|on| !on.path.is_empty()) {
-            let filesystem = open_root(&target.mountpoint)
-                .map_err(|source| PrepareError::Mount { id: target.id.clone(), source })?;
-            make_mountpoint(&filesystem, path, *directory, root()).map_err(|source| {
-                PrepareError::Mountpoint { id: target.id.clone(), path: path.clone(), source }
-            })?;
-        }
-        Ok(())
+    fn config(&self) -> Result<Config, ConfigError> {
+        self.config.clone().map_or_else(Config::load, Ok)
     }
 
     /// After `runc create`: records the init process, by which the container is frozen.
@@ -336,10 +327,7 @@ impl Sandbox {
     }
 
     fn remove_locked(&self, locked: &Locked, container_id: &str) -> Result<(), RemoveError> {
-        for name in self.dir.filesystems_of(container_id)? {
-            unmount(&self.dir.mountpoint(&name))?;
-            locked.remove_filesystem(&name)?;
-        }
+        filesystems::remove_of(locked, container_id)?;
         Ok(locked.remove_container(container_id)?)
     }
 

@@ -115,6 +115,12 @@ impl Spec {
         self.value.get("annotations")?.get(key)?.as_str().filter(|value| !value.is_empty())
     }
 
+    /// All annotations that are strings.
+    pub fn annotations(&self) -> impl Iterator<Item = (&str, &str)> {
+        let all = self.value.get("annotations").and_then(Value::as_object);
+        all.into_iter().flatten().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)))
+    }
+
     /// The name given to the container by an annotation, if one does.
     pub fn container_name(&self) -> Option<&str> {
         self.annotation(NAME_ANNOTATION).or_else(|| self.annotation(CRI_NAME_ANNOTATION))

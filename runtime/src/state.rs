@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `lock` | flock(2), exclusive, held by whoever changes something or takes a checkpoint |
 //! | `containers/<id>.json` | [`ContainerRecord`] |
-//! | `filesystems/<name>/mnt` | where a filesystem is mounted |
+//! | `filesystems/<name>/mnt` | where a filesystem is mounted; `<name>` is `<container id>.<number>`, or `pod-<name>` |
 //! | `filesystems/<name>/record.json` | [`FilesystemRecord`] |
 //! | `last-checkpoint.json` | what the last checkpoint did |
 //!
@@ -83,13 +83,41 @@ pub struct InitRecord {
     pub cgroup: Option<Cgroup>,
 }
 
-/// A filesystem that has been mounted.
+/// A filesystem. Written before anything of it is made.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FilesystemRecord {
     /// Its ResourceID.
     pub resource_id: ResourceId,
     /// The options it was mounted with.
     pub options: TmpfsOptions,
+    /// The mounts that have it. It is removed with the last container among them.
+    #[serde(default)]
+    pub users: Vec<FilesystemUser>,
+    /// The file that holds it, if it is on disk.
+    #[serde(default)]
+    pub filestore: Option<PathBuf>,
+}
+
+impl FilesystemRecord {
+    /// All its ResourceIDs, each once, the canonical one first.
+    pub fn ids(&self) -> Vec<&ResourceId> {
+        let mut ids = vec![&self.resource_id];
+        for FilesystemUser { alias, .. } in &self.users {
+            if !ids.contains(&alias) {
+                ids.push(alias);
+            }
+        }
+        ids
+    }
+}
+
+/// One mount of a filesystem.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilesystemUser {
+    /// Id of the container.
+    pub container: String,
+    /// The filesystem's ResourceID by this mount.
+    pub alias: ResourceId,
 }
 
 /// Paths of one sandbox's state.
@@ -171,6 +199,24 @@ impl StateDir {
         read(&self.path.join("filesystems").join(name).join("record.json"))
     }
 
+    /// Names of the directories of filesystems that belong to the pod.
+    pub fn pod_filesystems(&self) -> Result<Vec<String>, StateError> {
+        let names = names(&self.path.join("filesystems"))?;
+        Ok(names.into_iter().filter(|name| name.starts_with(POD) && !name.contains('.')).collect())
+    }
+
+    /// Whether there is no container and no filesystem.
+    pub fn is_unused(&self) -> Result<bool, StateError> {
+        Ok(self.containers()?.is_empty() && names(&self.path.join("filesystems"))?.is_empty())
+    }
+
+    /// The names of the namespace and the sandbox.
+    pub fn location(&self) -> (&Path, &Path) {
+        let sandbox = self.path.file_name().map(Path::new);
+        let namespace = self.path.parent().and_then(|path| path.file_name()).map(Path::new);
+        namespace.zip(sandbox).expect("made of both")
+    }
+
     /// Names of the filesystems' directories that belong to a container, whatever its record says.
     pub fn filesystems_of(&self, container: &str) -> Result<Vec<String>, StateError> {
         let names = names(&self.path.join("filesystems"))?;
@@ -205,6 +251,13 @@ impl Locked {
         Ok(name)
     }
 
+    /// Makes the directories of the pod's filesystem `volume`, and gives its name.
+    pub fn make_pod_filesystem(&self, volume: &str) -> Result<String, StateError> {
+        let name = pod_filesystem(volume);
+        make_dir(&self.dir.mountpoint(checked(&name)?))?;
+        Ok(name)
+    }
+
     /// Writes a filesystem's record.
     pub fn put_filesystem(&self, name: &str, record: &FilesystemRecord) -> Result<(), StateError> {
         write(&self.dir.path.join("filesystems").join(name).join("record.json"), record)
@@ -232,7 +285,12 @@ impl Locked {
     pub fn remove_container(&self, id: &str) -> Result<(), StateError> {
         let path = self.dir.container_path(id)?;
         absent_is_fine(fs::remove_file(&path)).map_err(at("remove", &path))?;
-        if !self.dir.containers()?.is_empty() || !names(&self.dir.path.join("filesystems"))?.is_empty() {
+        self.remove_if_unused()
+    }
+
+    /// Removes the sandbox's directory if nothing uses it.
+    pub fn remove_if_unused(&self) -> Result<(), StateError> {
+        if !self.dir.is_unused()? {
             return Ok(());
         }
         for name in ["last-checkpoint.json", "lock"] {
@@ -251,6 +309,14 @@ impl Locked {
     }
 }
 
+/// What names of the pod's filesystems begin with. They have no dot, and those of a container's always have one.
+const POD: &str = "pod-";
+
+/// Name of the directory of the pod's filesystem `volume`, which has no dot.
+pub fn pod_filesystem(volume: &str) -> String {
+    format!("{POD}{volume}")
+}
+
 fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> StateError + 'a {
     move |source| StateError::File { operation, path: path.to_owned(), source }
 }
@@ -263,11 +329,11 @@ fn checked(name: &str) -> Result<&str, StateError> {
     Ok(name)
 }
 
-fn make_dir(path: &Path) -> Result<(), StateError> {
+pub(crate) fn make_dir(path: &Path) -> Result<(), StateError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at("make the directory", path))
 }
 
-fn names(dir: &Path) -> Result<Vec<String>, StateError> {
+pub(crate) fn names(dir: &Path) -> Result<Vec<String>, StateError> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.map_err(at("list", dir))?,
@@ -280,7 +346,7 @@ fn names(dir: &Path) -> Result<Vec<String>, StateError> {
     Ok(names)
 }
 
-fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+pub(crate) fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,

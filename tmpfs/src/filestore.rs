@@ -144,6 +144,13 @@ pub fn create(path: &Path, size: u64) -> Result<(), FilestoreError> {
     file.set_len(size).map_err(failed("give a size to", path))
 }
 
+/// Puts an empty file in the place of `path`, for a saved filestore to be loaded into; the old file may be in use.
+pub fn replace(path: &Path) -> Result<File, FilestoreError> {
+    fs::remove_file(path).map_err(failed("remove", path))?;
+    create(path, 0)?;
+    OpenOptions::new().read(true).write(true).open(path).map_err(failed("open", path))
+}
+
 /// Makes an empty filesystem in the file, with `nr_inodes=` inodes if that is among the options.
 pub fn format(path: &Path, options: &TmpfsOptions) -> Result<(), FilestoreError> {
     let size = fs::metadata(path).map_err(failed("stat", path))?.len();

@@ -249,6 +249,44 @@ impl TmpfsOptions {
         std::iter::once("bind").chain(flags).chain(propagation).map(String::from).collect()
     }
 
+    /// These options with `over` on top: its superblock options count before these; restrictions of the mount
+    /// add up; its propagation counts if these have none.
+    pub fn overlaid(mut self, over: &Self) -> Self {
+        let sizes = ["size", "nr_blocks"];
+        let resized = over.data.iter().any(|option| sizes.contains(&option.key.as_str()));
+        if resized {
+            self.size.clone_from(&over.size);
+        }
+        self.data.retain(|option| {
+            let replaced = over.data.iter().any(|other| other.key == option.key);
+            !(replaced || resized && sizes.contains(&option.key.as_str()))
+        });
+        self.data.extend(over.data.iter().cloned());
+        let (own, more) = (self.flags, over.flags);
+        self.flags = MountFlags {
+            ro: own.ro || more.ro,
+            nosuid: own.nosuid || more.nosuid,
+            nodev: own.nodev || more.nodev,
+            noexec: own.noexec || more.noexec,
+            noatime: own.noatime || more.noatime,
+            nodiratime: own.nodiratime || more.nodiratime,
+            relatime: own.relatime || more.relatime,
+            strictatime: own.strictatime || more.strictatime,
+            nosymfollow: own.nosymfollow || more.nosymfollow,
+        };
+        if self.propagation.is_empty() {
+            self.propagation.clone_from(&over.propagation);
+        }
+        Self {
+            nr_inodes: over.nr_inodes.clone().or(self.nr_inodes),
+            mode: over.mode.or(self.mode),
+            uid: over.uid.or(self.uid),
+            gid: over.gid.or(self.gid),
+            copy_up: self.copy_up || over.copy_up,
+            ..self
+        }
+    }
+
     fn superblock_flag(&mut self, key: &str, value: bool) {
         self.data.retain(|option| option.key != key);
         if value {

@@ -177,3 +177,21 @@ fn sizes_are_evaluated_as_memparse_does() {
         assert_eq!(bytes(text, 1000), want, "{text}");
     }
 }
+
+#[test]
+fn options_on_top_count_before_those_below() {
+    let overlaid = |below: &[&str], over: &[&str]| parse(below).unwrap().overlaid(&parse(over).unwrap());
+    let both = overlaid(
+        &["size=1m", "mode=700", "uid=1", "ro", "huge=never"],
+        &["nr_blocks=5", "uid=2", "nodev", "rw"],
+    );
+    assert_eq!(both.data, data(&[("huge", Some("never")), ("nr_blocks", Some("5"))]));
+    assert_eq!((both.size, both.mode, both.uid), (None, Some(0o700), Some(2)));
+    assert!(both.flags.ro && both.flags.nodev, "a restriction is never taken away");
+    let both = overlaid(&["nr_blocks=5", "nr_inodes=7", "rslave"], &["size=2m", "private"]);
+    assert_eq!(both.data, data(&[("nr_inodes", Some("7")), ("size", Some("2m"))]));
+    assert_eq!((both.size.as_deref(), both.nr_inodes.as_deref()), (Some("2m"), Some("7")));
+    assert_eq!(both.propagation, [Propagation::Rslave]);
+    let same = parse(&["size=1m", "noexec"]).unwrap();
+    assert_eq!(same.clone().overlaid(&TmpfsOptions::default()), same);
+}
