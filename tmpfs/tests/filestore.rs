@@ -24,7 +24,7 @@ use stillframe_tmpfs::{IdMap, IdMapping, Ids};
 #[path = "support/filesystem.rs"]
 mod filesystem;
 
-use filesystem::{DEVICES, Tmpfs, describe_directory, fill, noise, save};
+use filesystem::{DEVICES, EXT4_LARGEST, Tmpfs, describe_directory, fill_up_to, noise, save};
 
 /// A filestore and where it is mounted; gone when it is dropped.
 struct Disk {
@@ -181,14 +181,7 @@ fn assert_same(found: &BTreeMap<PathBuf, String>, want: &BTreeMap<PathBuf, Strin
 #[test]
 fn everything_comes_back_from_memory_to_disk_to_disk_to_memory() {
     let memory = Tmpfs::new(&[]);
-    fill(memory.path());
-    // More than a file of ext4 can have.
-    fs::remove_file(memory.path().join("holes")).unwrap();
-    let sparse = File::create(memory.path().join("sparse")).unwrap();
-    sparse.set_len(1 << 40).unwrap();
-    sparse.write_all_at(b"data", (1 << 39) + 5).unwrap();
-    filesystem::set_times(&memory.path().join("sparse"), (1, 2), (3, 4));
-    filesystem::set_times(memory.path(), (5, 6), (7, 8));
+    fill_up_to(memory.path(), EXT4_LARGEST);
     let want = describe(memory.path());
     let saved = save(&memory);
 

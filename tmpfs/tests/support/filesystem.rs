@@ -210,13 +210,21 @@ pub fn noise(length: usize, seed: u8) -> Vec<u8> {
 
 /// One of everything that a tmpfs can hold.
 pub fn fill(root: &Path) {
+    fill_up_to(root, i64::MAX as u64);
+}
+
+/// The largest file that ext4 can hold.
+pub const EXT4_LARGEST: u64 = ((1 << 32) - 1) * 4096;
+
+/// The same where files can have `largest` bytes.
+pub fn fill_up_to(root: &Path, largest: u64) {
     let at = |name: &[u8]| root.join(OsStr::from_bytes(name));
     for (name, length) in [("empty", 0), ("one", 1), ("page", 4096), ("page+1", 4097), ("large", 3_000_001)] {
         fs::write(root.join(name), noise(length, length as u8)).unwrap();
     }
     let holes = OpenOptions::new().write(true).create_new(true).open(root.join("holes")).unwrap();
-    holes.set_len(i64::MAX as u64).unwrap();
-    for offset in [0, 1 << 20, (1 << 40) + 5, i64::MAX as u64 - 10] {
+    holes.set_len(largest).unwrap();
+    for offset in [0, 1 << 20, (1 << 40) + 5, largest - 10] {
         holes.write_all_at(b"data", offset).unwrap();
     }
     fs::write(root.join("zeros"), vec![0; 100_000]).unwrap();
@@ -290,7 +298,9 @@ pub fn fill(root: &Path) {
     for (name, flags) in
         [("one", IFlags::IMMUTABLE), ("zero page", IFlags::APPEND), ("dir/sub", IFlags::NODUMP)]
     {
-        rustix::fs::ioctl_setflags(File::open(root.join(name)).unwrap(), flags).unwrap();
+        let file = File::open(root.join(name)).unwrap();
+        let own = rustix::fs::ioctl_getflags(&file).unwrap();
+        rustix::fs::ioctl_setflags(&file, own | flags).unwrap();
     }
     fs::set_permissions(root, fs::Permissions::from_mode(0o1741)).unwrap();
     std::os::unix::fs::chown(root, Some(7), Some(8)).unwrap();
