@@ -1,6 +1,8 @@
 //! The `stillframe` command's arguments, output and errors. An error is printed once, here, with its
 //! causes; the exit status is 1.
 
+mod export;
+
 use std::error::Error;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -29,6 +31,8 @@ enum Command {
     Fscheckpoint(Fscheckpoint),
     /// Verify an image and show what is in it.
     Inspect(Inspect),
+    /// Write a filesystem of an image as a tar archive, which `tar --xattrs --xattrs-include='*' --acls -xpf` restores.
+    Export(export::Export),
 }
 
 #[derive(Debug, clap::Args)]
@@ -89,6 +93,7 @@ pub fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Fscheckpoint(arguments) => fscheckpoint(&arguments),
         Command::Inspect(arguments) => inspect(&arguments),
+        Command::Export(arguments) => export::run(&arguments).map(|()| String::new()),
     };
     match done {
         Ok(text) => {
