@@ -238,6 +238,9 @@ fn every_medium_is_restored_on_every_medium() {
             let restored = pod.prepare("c", &config, Some(&image)).unwrap().restored.unwrap();
             assert_eq!((restored.restored.len(), restored.entries), (1, want.len() as u64 - 1));
             assert_same(&describe(&pod.mount("c.0")), &want);
+            // As a whole: all pages, those of the filesystem's own among them.
+            let whole = from == "disk" && to == "disk" && options != "size=64m";
+            assert_eq!(restored.bytes == opened.manifest.pages_length, whole, "{from} {to} {options}");
             assert_eq!(pod.file("c.0").exists(), to == "disk");
             if to == "disk" {
                 let size = fs::metadata(pod.file("c.0")).unwrap().len();
