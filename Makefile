@@ -1,12 +1,13 @@
 # make demo     shows the main job end to end, on a private containerd
 # make test     does all set-up, builds, runs all tests
 # make check    formatting and lints
+# make bench    measures side by side with runc, tar and cp: a table, and target/bench/results.json
 # make install  release builds of the shim and the command to $(DESTDIR)$(PREFIX)/bin
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test check install setup build probe release
+.PHONY: demo test check bench install setup build probe release
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
@@ -44,6 +45,12 @@ test: setup build
 
 demo: setup release
 	@echo; exec "$$CARGO_TARGET_DIR/release/stillframe-demo"
+
+# Minutes, and worth something only on a machine that does nothing else. BENCH="save start" measures a part.
+bench: probe
+	@scripts/setup bench
+	$(CARGO) build --release --bins $(BUILT) --package stillframe-bench
+	@"$$CARGO_TARGET_DIR/release/stillframe-bench" $(BENCH)
 
 check:
 	$(CARGO) fmt --all --check

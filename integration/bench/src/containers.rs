@@ -1,0 +1,154 @@
+//! Containers under Stillframe's shim, against runc's own shim, in one containerd.
+
+use std::fs;
+
+use stillframe_integration::{Container, Containerd, RUNC, STILLFRAME};
+
+use crate::Result;
+use crate::series::{Results, Wanted, median, seconds};
+
+type Benchmark = (&'static str, fn(&mut Results) -> Result<()>);
+
+/// The benchmarks of containers.
+pub const ALL: &[Benchmark] = &[("runtime", runtime), ("shim.rss", shim_rss), ("start", start)];
+
+/// fio from the host, in a container whose `/scratch` is a tmpfs.
+fn with_fio<'a>(containerd: &'a Containerd, name: &str, runtime: &str) -> Result<Container<'a>> {
+    let spec = containerd.container(name).runtime(runtime).tmpfs("/scratch", "size=2g");
+    let spec = ["/usr", "/lib", "/lib64"].iter().fold(spec, |spec, dir| spec.bind(dir, dir));
+    Ok(spec.start()?)
+}
+
+/// One run of fio: operations a second.
+fn fio(container: &Container<'_>, job: &[&str]) -> Result<f64> {
+    let common = [
+        "/usr/bin/fio",
+        "--name=x",
+        "--directory=/scratch",
+        "--output-format=json",
+        "--time_based",
+        "--runtime=2",
+    ];
+    let report = container.exec(&[&common[..], job].concat())?.stdout;
+    let report: serde_json::Value =
+        serde_json::from_str(&report[report.find('{').ok_or("fio printed no report")?..])?;
+    let job = &report["jobs"][0];
+    let iops = ["read", "write"].iter().filter_map(|kind| job[*kind]["iops"].as_f64()).sum::<f64>();
+    if iops > 0.0 { Ok(iops) } else { Err("fio reports no operations".into()) }
+}
+
+/// Files made and removed in a second, by a shell in the container.
+fn create_unlink(container: &Container<'_>) -> Result<f64> {
+    let files = 20_000;
+    let line = format!(
+        "cd /scratch && mkdir -p d && i=0; while [ $i -lt {files} ]; do : > d/$i; i=$((i+1)); done; rm -r d"
+    );
+    Ok(f64::from(files) / seconds(|| Ok(container.shell(&line).map(|_| ())?))?)
+}
+
+fn runtime(results: &mut Results) -> Result<()> {
+    let containerd = Containerd::start()?;
+    let (ours, runcs) = (with_fio(&containerd, "ours", STILLFRAME)?, with_fio(&containerd, "runcs", RUNC)?);
+    let jobs: [(&str, &[&str]); 3] = [
+        ("randread", &["--rw=randread", "--bs=4k", "--size=512m", "--ioengine=psync"]),
+        ("randwrite", &["--rw=randwrite", "--bs=4k", "--size=512m", "--ioengine=psync"]),
+        ("mmap", &["--rw=randwrite", "--bs=4k", "--size=512m", "--ioengine=mmap"]),
+    ];
+    let mut ratios = Vec::new();
+    for (name, job) in jobs {
+        let medians = results.medians(
+            1,
+            &mut [
+                ("stillframe, 1/s", Box::new(|| fio(&ours, job))),
+                ("runc, 1/s", Box::new(|| fio(&runcs, job))),
+            ],
+        )?;
+        ratios.push(medians[0] / medians[1]);
+        results.ratio(
+            &format!("runtime.{name}"),
+            ("stillframe_per_s", medians[0]),
+            ("runc_per_s", medians[1]),
+            Wanted::Nothing,
+        );
+    }
+    let medians = results.medians(
+        1,
+        &mut [
+            ("stillframe, files/s", Box::new(|| create_unlink(&ours))),
+            ("runc, files/s", Box::new(|| create_unlink(&runcs))),
+        ],
+    )?;
+    ratios.push(medians[0] / medians[1]);
+    results.ratio(
+        "runtime.create",
+        ("stillframe_per_s", medians[0]),
+        ("runc_per_s", medians[1]),
+        Wanted::Nothing,
+    );
+    let mean = ratios.iter().product::<f64>().powf(1.0 / ratios.len() as f64);
+    results.put(
+        "runtime.vs_runc",
+        mean,
+        "ratio",
+        serde_json::json!({ "geometric_mean_of": ratios }),
+        Wanted::AtLeast(0.98),
+    );
+    Ok(())
+}
+
+/// Resident memory of the one shim of a containerd, in bytes.
+fn resident(containerd: &Containerd) -> Result<f64> {
+    let shims = containerd.shims();
+    let [shim] = shims.as_slice() else { return Err(format!("{} shims, not one", shims.len()).into()) };
+    let status = fs::read_to_string(format!("/proc/{}/status", shim.pid))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? * 1024.0)
+}
+
+fn shim_rss(results: &mut Results) -> Result<()> {
+    let containerd = Containerd::start()?;
+    let measure = |runtime: &str| {
+        let container = containerd.container("rss").runtime(runtime).start()?;
+        container.exec(&["true"])?;
+        let resident = resident(&containerd)?;
+        container.remove()?;
+        Ok(resident)
+    };
+    let medians = results.medians(
+        1,
+        &mut [
+            ("stillframe, bytes", Box::new(|| measure(STILLFRAME))),
+            ("runc, bytes", Box::new(|| measure(RUNC))),
+        ],
+    )?;
+    results.ratio(
+        "shim.rss.vs_runc_v2",
+        ("stillframe_bytes", medians[0]),
+        ("runc_bytes", medians[1]),
+        Wanted::AtMost(0.6),
+    );
+    Ok(())
+}
+
+fn start(results: &mut Results) -> Result<()> {
+    let containerd = Containerd::start()?;
+    let measure = |runtime: &str| {
+        let spec = containerd.container("start").runtime(runtime).arguments(&["/bin/true"]);
+        seconds(|| Ok(spec.run().map(|_| ())?))
+    };
+    // The first runs read programs from the disk.
+    for runtime in [STILLFRAME, RUNC] {
+        median(vec![measure(runtime)?]);
+    }
+    let medians = results.medians(
+        4,
+        &mut [("stillframe, s", Box::new(|| measure(STILLFRAME))), ("runc, s", Box::new(|| measure(RUNC)))],
+    )?;
+    results.ratio(
+        "start.vs_runc_v2",
+        ("stillframe_s", medians[0]),
+        ("runc_s", medians[1]),
+        Wanted::AtMost(1.05),
+    );
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! A sandbox without containerd and runc: its filesystem and a sleeping process in a cgroup are real, so that what
+//! is measured is Stillframe's own part of a checkpoint and a restore, freezing included.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use stillframe_pgalloc::Direct;
+use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Sandbox};
+use stillframe_runtime::state::STATE_ROOT;
+
+use crate::Result;
+
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+/// A sandbox with one tmpfs; gone with all it had when it is dropped.
+pub struct Bench {
+    sandbox: Sandbox,
+    namespace: String,
+    bundle: tempfile::TempDir,
+    process: Option<(Child, PathBuf)>,
+}
+
+impl Bench {
+    /// A sandbox whose tmpfs may hold 12 GiB, restored from `image` if there is one.
+    pub fn prepare(image: Option<&Path>) -> Result<Self> {
+        let namespace = format!("bench-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let bundle = tempfile::tempdir()?;
+        fs::create_dir(bundle.path().join("rootfs"))?;
+        let mount = r#"{"destination":"/scratch","type":"tmpfs","options":["size=12g"]}"#;
+        fs::write(
+            bundle.path().join("config.json"),
+            format!(r#"{{"ociVersion":"1.0.2","mounts":[{mount}]}}"#),
+        )?;
+        let bench = Self { sandbox: Sandbox::new(&namespace, "c")?, namespace, bundle, process: None };
+        bench.sandbox.prepare(&PrepareRequest {
+            container_id: "c".to_owned(),
+            bundle: bench.bundle.path().to_owned(),
+            rootfs: bench.bundle.path().join("rootfs"),
+            runtime: "runc".into(),
+            restore_from: image.map(Path::to_owned),
+        })?;
+        Ok(bench)
+    }
+
+    /// Where its tmpfs is mounted.
+    pub fn mount(&self) -> PathBuf {
+        Path::new(STATE_ROOT).join(&self.namespace).join("c/filesystems/c.0/mnt")
+    }
+
+    /// Starts its process.
+    pub fn start(mut self) -> Result<Self> {
+        let roots = ["/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
+        let root = roots.iter().map(Path::new).find(|root| root.join("cgroup.procs").exists());
+        let cgroup = root.ok_or("no cgroup hierarchy with a freezer is mounted")?.join(&self.namespace);
+        fs::create_dir(&cgroup)?;
+        let child = Command::new("sleep").arg("100000").stdin(Stdio::null()).spawn()?;
+        fs::write(cgroup.join("cgroup.procs"), child.id().to_string())?;
+        self.sandbox.set_init_pid("c", child.id().cast_signed())?;
+        self.process = Some((child, cgroup));
+        Ok(self)
+    }
+
+    /// Takes a checkpoint.
+    pub fn checkpoint(&self, image: &Path) -> Result<CheckpointResult> {
+        Ok(self.sandbox.checkpoint(&CheckpointRequest {
+            container_id: "c".to_owned(),
+            image_path: image.to_owned(),
+            paths: Vec::new(),
+            direct: Direct::Auto,
+            kill: false,
+        })?)
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        if let Some((child, cgroup)) = &mut self.process {
+            let _ = child.kill();
+            let _ = child.wait();
+            let _ = fs::remove_dir(cgroup);
+        }
+        if let Err(error) = self.sandbox.remove("c") {
+            eprintln!("bench: {error}");
+        }
+    }
+}
