@@ -11,6 +11,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use stillframe_pgalloc::Direct;
 use stillframe_tmpfs::entry::{Kind, Tree};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::checkpoint::CheckpointRequest;
 use crate::image::Image;
@@ -87,9 +90,11 @@ struct Inspect {
 
 /// Runs the command with the process's arguments.
 pub fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("STILLFRAME_LOG");
-    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let asked = std::env::var("STILLFRAME_LOG").ok().and_then(|targets| targets.parse().ok());
+    tracing_subscriber::registry()
+        .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
+        .with(asked.unwrap_or_else(|| Targets::new().with_default(LevelFilter::WARN)))
+        .init();
     let done = match Arguments::parse().command {
         Command::Fscheckpoint(arguments) => fscheckpoint(&arguments),
         Command::Inspect(arguments) => inspect(&arguments),

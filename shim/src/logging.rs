@@ -14,22 +14,25 @@ use std::path::Path;
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Logs to the fifo (or file) at `path` from here on, panics included.
 pub fn start(path: &Path, debug: bool) -> io::Result<()> {
     let fifo = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-    let filter = EnvFilter::builder()
-        .with_default_directive(if debug { tracing::Level::DEBUG } else { tracing::Level::INFO }.into())
-        .from_env_lossy();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let level = if debug { LevelFilter::DEBUG } else { LevelFilter::INFO };
+    let asked = std::env::var("RUST_LOG").ok().and_then(|targets| targets.parse().ok());
+    let lines = tracing_subscriber::fmt::layer()
         .event_format(Logfmt)
-        .with_writer(move || Lines(fifo.try_clone().ok()))
+        .with_writer(move || Lines(fifo.try_clone().ok()));
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(asked.unwrap_or_else(|| Targets::new().with_default(level)))
         .try_init()
         .map_err(io::Error::other)?;
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
