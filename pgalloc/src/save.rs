@@ -7,7 +7,7 @@
 //! ```
 //!
 //! **Memory.** At most 16 gather buffers and 16 read buffers of 1 MiB (32 MiB), 128 KiB of scratch for each thread
-//! that saves at the same time, and 64 MiB of source files mapped and not yet written. Who wants more waits.
+//! that saves at the same time, and 40 MiB of source files mapped and not yet written. Who wants more waits.
 //!
 //! **Still files.** [`AsyncMemoryFileSave::write_range`] takes large ranges straight from their mapping, without a
 //! copy, after it has returned. So the source must be *still* from the call until `settle`: neither written nor
@@ -55,7 +55,7 @@ const BUFFERS: (usize, usize) = (1 << 20, 16);
 /// Data up to so many bytes is copied: pread(2) is faster than a mapping there, and writes get larger.
 const SMALL: usize = 128 << 10;
 /// Bytes that are mapped at a time, and in all.
-const MAPPED: (u64, u64) = (4 << 20, 64 << 20);
+const MAPPED: (u64, u64) = (4 << 20, 40 << 20);
 
 // The writer gathers a write of up to `WRITE.0` bytes before it submits it, and what is in it takes buffers and mapped
 // bytes that producers may wait for. More than `SMALL` bytes go by reference, so that a write that is being gathered
