@@ -1,0 +1,221 @@
+//! Trees as large as they get, and how much memory saving one takes.
+
+#[path = "support/filesystem.rs"]
+mod filesystem;
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, SaveOptions};
+use stillframe_tmpfs::Ids;
+use stillframe_tmpfs::mount::open_view;
+use stillframe_tmpfs::save::{SaveTreeError, save_tree};
+
+use filesystem::{DEVICES, Tmpfs, noise, save};
+
+/// The names of a directory in the order in which it lists them.
+fn listing(dir: impl AsFd) -> Vec<Vec<u8>> {
+    let entries = rustix::fs::Dir::read_from(dir).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().to_bytes().to_vec()).collect()
+}
+
+/// Saves and restores a directory of so many names.
+fn one_directory(count: u32) {
+    let (old, new) = (Tmpfs::new(&["nr_inodes=0"]), Tmpfs::new(&["nr_inodes=0"]));
+    let dir = File::open(old.path()).unwrap();
+    for index in 0..count {
+        // Not in any order that a listing could have by chance.
+        let name = format!("{:08x}", index.wrapping_mul(0x9e37_79b1));
+        match index % 1000 {
+            0 => rustix::fs::mkdirat(&dir, name, Mode::RWXU).unwrap(),
+            1 => rustix::fs::symlinkat(&*name, &dir, &*name).unwrap(),
+            _ => rustix::fs::mknodat(&dir, name, FileType::RegularFile, Mode::RUSR, 0).unwrap(),
+        }
+    }
+    let saved = save(&old);
+    assert_eq!(saved.summary.entries, count.into());
+    saved.restore(&new, &DEVICES()).unwrap();
+    assert!(listing(File::open(new.path()).unwrap()) == listing(&dir), "the same names in the same order");
+}
+
+#[test]
+fn a_directory_of_100_000_names_comes_back_in_order() {
+    one_directory(100_000);
+}
+
+#[test]
+#[ignore = "takes 2 GB of memory and half a minute in a debug build"]
+fn a_directory_of_a_million_names_comes_back_in_order() {
+    one_directory(1_000_000);
+}
+
+#[test]
+fn directories_10_000_deep_and_paths_beyond_path_max_come_back() {
+    let (old, new) = (Tmpfs::new(&[]), Tmpfs::new(&[]));
+    let mut dir = File::open(old.path()).unwrap();
+    let directory = OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    for depth in 0..10_000 {
+        // The first 40 names alone make a path longer than PATH_MAX.
+        let name = if depth < 40 { vec![b'n'; 255] } else { vec![b'd'] };
+        rustix::fs::mkdirat(&dir, name.as_slice(), Mode::RWXU).unwrap();
+        dir = File::from(rustix::fs::openat(&dir, name.as_slice(), directory, Mode::empty()).unwrap());
+    }
+    let file = rustix::fs::openat(&dir, "f", OFlags::WRONLY | OFlags::CREATE, Mode::RUSR).unwrap();
+    File::from(file).write_all_at(b"deep", 0).unwrap();
+    // A hard link from up here to down there.
+    let root = File::open(old.path()).unwrap();
+    rustix::fs::linkat(&dir, "f", &root, "link", AtFlags::empty()).unwrap();
+
+    let saved = save(&old);
+    assert_eq!((saved.summary.entries, saved.summary.files), (10_002, 1));
+    saved.restore(&new, &DEVICES()).unwrap();
+    let mut dir = File::open(new.path()).unwrap();
+    let link = rustix::fs::statat(&dir, "link", AtFlags::empty()).unwrap();
+    for depth in 0..10_000 {
+        let name = if depth < 40 { vec![b'n'; 255] } else { vec![b'd'] };
+        dir = File::from(rustix::fs::openat(&dir, name.as_slice(), directory, Mode::empty()).unwrap());
+    }
+    let file = rustix::fs::statat(&dir, "f", AtFlags::empty()).unwrap();
+    assert_eq!((file.st_ino, file.st_nlink, file.st_size), (link.st_ino, 2, 4));
+}
+
+#[test]
+fn a_file_or_directory_that_vanishes_meanwhile_is_a_change_with_its_path() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let old = Tmpfs::new(&[]);
+    let dir = old.path().join("directory");
+    fs::create_dir(&dir).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Whichever it is that the walk meets, each is there when its directory is listed most of the time, and gone
+        // shortly after.
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for index in 0..300 {
+                    fs::write(dir.join(format!("f{index}")), b"x").unwrap();
+                    fs::create_dir(dir.join(format!("d{index}"))).unwrap();
+                }
+                for index in (0..300).rev() {
+                    fs::remove_dir(dir.join(format!("d{index}"))).unwrap();
+                    fs::remove_file(dir.join(format!("f{index}"))).unwrap();
+                }
+            }
+        });
+        let mut changed = 0;
+        for _ in 0..100_000 {
+            match filesystem::try_save(&old, &Ids::default()) {
+                Ok(_) => {}
+                Err(error @ SaveTreeError::Changed { .. }) => {
+                    assert!(error.to_string().starts_with("\"/directory"), "{error}");
+                    changed += 1;
+                }
+                Err(error) => {
+                    stop.store(true, Ordering::Relaxed);
+                    panic!("{error:?}");
+                }
+            }
+            if changed == 5 {
+                break;
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(changed, 5);
+    });
+}
+
+/// A line of /proc/self/status, in KiB.
+fn status(key: &str) -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with(key)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+const CHILD: &str = "STILLFRAME_TEST_SAVES";
+
+/// In a process of its own, so that no other test's memory is measured.
+#[test]
+fn a_save_takes_less_than_64_mib_for_a_tree_of_any_size() {
+    if let Some(path) = std::env::var_os(CHILD) {
+        return measure(path.as_ref());
+    }
+    let old = Tmpfs::new(&[]);
+    let large = noise(200 << 20, 1);
+    fs::write(old.path().join("large"), &large).unwrap();
+    for directory in 0..20 {
+        let directory = old.path().join(format!("d{directory}"));
+        fs::create_dir(&directory).unwrap();
+        for file in 0..1000 {
+            fs::write(directory.join(format!("f{file}")), &large[..8192]).unwrap();
+        }
+    }
+    for file in 0..40 {
+        fs::write(old.path().join(format!("m{file}")), &large[..1 << 20]).unwrap();
+    }
+    // Attributes too are handed from thread to thread.
+    for file in 0..200 {
+        let path = old.path().join(format!("m{}", file % 40));
+        let name = format!("user.{file}");
+        rustix::fs::setxattr(path, name, &large[..8000], rustix::fs::XattrFlags::empty()).unwrap();
+    }
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "a_save_takes_less_than_64_mib_for_a_tree_of_any_size", "--nocapture"]);
+    let output = child.env(CHILD, old.path()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}");
+    assert!(
+        output.status.success() && text.contains("data 412"),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn measure(path: &OsStr) {
+    let pages = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let tree = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    fs::write("/proc/self/clear_refs", "5").unwrap(); // VmHWM begins anew
+    let idle = status("VmHWM:");
+    let save = AsyncPagesFileSave::new(pages, SaveOptions::default()).unwrap();
+    let memory = save.register_memory_file(&MemoryFile::main()).unwrap();
+    let view = open_view(path.as_ref()).unwrap();
+    let (_, summary) = save_tree(&view, &Ids::default(), &memory, tree).unwrap();
+    save.finish().unwrap();
+    let peak = status("VmHWM:");
+    println!("data {} MB, idle {idle} KiB, peak {peak} KiB", summary.data_bytes / 1_000_000);
+    assert!(peak - idle < 64 << 10, "{} KiB above idle", peak - idle);
+}
+
+/// How often the kernel tried to allocate a huge page for a tmpfs, since it was booted.
+fn huge_pages_tried() -> Option<u64> {
+    let count = |name: &str| {
+        let text =
+            fs::read_to_string(format!("/sys/kernel/mm/transparent_hugepage/hugepages-2048kB/stats/{name}"));
+        text.ok()?.trim().parse::<u64>().ok()
+    };
+    Some(count("shmem_alloc")? + count("shmem_fallback")?)
+}
+
+/// With within_size a huge page is only taken where it lies within the file's size, so the size must be set before
+/// the contents; with always, whatever the writes are like.
+#[test]
+fn huge_pages_are_huge_again() {
+    let contents = noise(32 << 20, 1);
+    for option in ["huge=within_size", "huge=always"] {
+        let (old, new) = (Tmpfs::new(&[option]), Tmpfs::new(&[option]));
+        let file = File::create(old.path().join("f")).unwrap();
+        file.set_len(32 << 20).unwrap();
+        file.write_all_at(&contents, 0).unwrap();
+        let saved = save(&old);
+        let Some(before) = huge_pages_tried() else {
+            println!("SKIPPED: huge_pages_are_huge_again: this kernel doesn't count huge pages of tmpfs");
+            return;
+        };
+        saved.restore(&new, &DEVICES()).unwrap();
+        let tried = huge_pages_tried().unwrap() - before;
+        assert!(tried >= 16, "{option}: {tried} huge pages for 32 MiB");
+        assert_eq!(filesystem::describe(&new), filesystem::describe(&old));
+    }
+}
