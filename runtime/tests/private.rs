@@ -418,6 +418,29 @@ fn a_filesystem_of_the_pod_is_one_for_all_its_containers() {
 }
 
 #[test]
+fn a_shared_filesystem_starts_as_a_copy_of_what_it_covers_once() {
+    for medium in ["disk", "memory"] {
+        let shared = config(
+            &[("vol", "/vol", medium, "pod", "size=16m,tmpcopyup")],
+            &[("/v", "bind", "/vol", "rbind")],
+        );
+        let mut pod = Pod::new();
+        for id in ["a", "b"] {
+            fs::create_dir_all(pod.dir.path().join(id).join("rootfs/v")).unwrap();
+            fs::write(pod.dir.path().join(id).join("rootfs/v").join(id), "").unwrap();
+        }
+        let names = |pod: &Pod| {
+            let entries = fs::read_dir(pod.mount("pod-vol")).unwrap();
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<Vec<_>>()
+        };
+        pod.prepare("a", &shared, None).unwrap();
+        assert_eq!(names(&pod), ["a"], "{medium}");
+        pod.prepare("b", &shared, None).unwrap();
+        assert_eq!(names(&pod), ["a"], "{medium}");
+    }
+}
+
+#[test]
 fn a_source_mounted_twice_in_a_container_is_one_filesystem() {
     let hint = ("vol", "/vol", "disk", "container", "size=16m");
     let both = config(&[hint], &[("/one", "bind", "/vol", "rbind"), ("/two", "bind", "/vol", "rbind")]);
@@ -546,6 +569,7 @@ fn damaged_and_made_up_images_are_refused() {
     let config = scratch("disk", "container", "size=32m");
     pod.running("c", &config);
     fs::write(pod.mount("c.0").join("data"), noise(200_000, 1)).unwrap();
+    fs::write(pod.mount("c.0").join("twin"), noise(4096, 2)).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image");
     pod.checkpoint("c", &image, &[]).unwrap();
@@ -617,6 +641,17 @@ fn damaged_and_made_up_images_are_refused() {
     let mut pod = Pod::new();
     pod.prepare("c", &memory, Some(&image)).unwrap();
     assert_eq!(fs::metadata(pod.mount("c.0").join("data")).unwrap().permissions().mode() & 0o7777, 0o4755);
+
+    // A page that two files have, whichever way it would be restored.
+    let mut changed = whole_tree.clone();
+    let twin = changed.chunks(512).position(|block| block.starts_with(b"./twin\0")).unwrap() * 512 + 512;
+    let offset = changed[header + 512 + 56..header + 512 + 64].to_vec();
+    changed[twin + 56..twin + 64].copy_from_slice(&offset);
+    use_tree(&changed);
+    for config in [&memory, &config] {
+        let error = refused(&image, config);
+        assert!(error.contains("of the private MemoryFile, which another part of a file has too"), "{error}");
+    }
 
     // An extent behind the private file's end.
     let mut changed = whole_tree.clone();
