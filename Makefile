@@ -1,13 +1,14 @@
 # make demo     shows the main job end to end, on a private containerd
 # make test     does all set-up, builds, runs all tests
 # make check    formatting and lints
+# make fuzz     the decoders of images with libFuzzer, FUZZ_SECONDS each
 # make bench    measures side by side with runc, tar and cp: a table, and target/bench/results.json
 # make install  release builds of the shim and the command to $(DESTDIR)$(PREFIX)/bin
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench install setup build probe release
+.PHONY: demo test check bench install setup build probe release fuzz
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
@@ -55,6 +56,17 @@ bench: probe
 check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+# The same targets run over mutations of their corpus in `make test` (runtime/tests/fuzz.rs). A stable toolchain needs
+# RUSTC_BOOTSTRAP for the sanitizer; what is found lies in fuzz/artifacts, new inputs in the target directory.
+FUZZ_SECONDS ?= 180
+fuzz:
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install --locked cargo-fuzz
+	@export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR="$$CARGO_TARGET_DIR/fuzz"; \
+	for target in tree meta manifest pax acl; do \
+		found="$$CARGO_TARGET_DIR/corpus/$$target"; mkdir -p "$$found"; \
+		$(CARGO) fuzz run "$$target" "$$found" "fuzz/corpus/$$target" -- -max_total_time=$(FUZZ_SECONDS) -max_len=65536; \
+	done
 
 install:
 	$(CARGO) build --release $(foreach program,$(PROGRAMS),--bin $(program))
