@@ -147,8 +147,8 @@ struct Saver<'a, W> {
     contents: Contents<'a>,
     writer: TreeWriter<W>,
     summary: TreeSummary,
-    /// Of each inode with several names the first.
-    first_names: HashMap<u64, Vec<u8>>,
+    /// Of each inode with several names the first, and how many more are to come; gone when all have come.
+    first_names: HashMap<u64, (Vec<u8>, u32)>,
 }
 
 impl<W: Write> Saver<'_, W> {
@@ -156,12 +156,16 @@ impl<W: Write> Saver<'_, W> {
         let Object { stat, content, xattrs, .. } = object;
         self.summary.entries += u64::from(!path.is_empty());
         if stat.stx_nlink > 1 && !matches!(content, Content::Directory) {
-            if let Some(first) = self.first_names.get(&stat.stx_ino) {
+            if let Some((first, to_come)) = self.first_names.get_mut(&stat.stx_ino) {
                 let link = Kind::HardLink { target: 0 };
                 let appended = self.writer.append(path, &link, &Attributes::default(), first);
+                *to_come -= 1;
+                if *to_come == 0 {
+                    self.first_names.remove(&stat.stx_ino);
+                }
                 return appended.map_err(SaveTreeError::Tree);
             }
-            self.first_names.insert(stat.stx_ino, path.to_vec());
+            self.first_names.insert(stat.stx_ino, (path.to_vec(), stat.stx_nlink - 1));
         }
         let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
         let kind = match content {
