@@ -4,12 +4,13 @@
 //! and back in reverse: whatever was made, the record tells, also of what a crash has left half-made. A shared one is
 //! made by the first mount that needs it and removed with the last container that has it.
 
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use stillframe_tmpfs::copy_up::{copy_up, open_in_root};
 use stillframe_tmpfs::filestore::{self, FilestoreError, Root};
-use stillframe_tmpfs::mount::{DefaultMode, TmpfsMount, mount_tmpfs, open_root, unmount};
+use stillframe_tmpfs::mount::{DefaultMode, TmpfsMount, mount_again, mount_tmpfs, open_root, unmount};
 use stillframe_tmpfs::mountpoint::make_mountpoint;
 use stillframe_tmpfs::{Ids, ResourceId};
 
@@ -73,11 +74,15 @@ impl Maker<'_> {
                 options: planned.superblock.clone(),
                 users: vec![user],
                 filestore: filestore.clone(),
+                existing: planned.existing.clone(),
+                restoring: false,
             };
             self.locked.put_filesystem(&name, &record)?;
             let mode = if pod.is_some() { DefaultMode::Absent } else { self.default_mode(planned)? };
             self.make(planned, &id, filestore.as_deref(), mode, &mountpoint)?;
         }
+        // A volume may have outlived the container that filled it.
+        let fresh = !there && (planned.existing.is_none() || is_empty(&id, &mountpoint)?);
         let disk = filestore.map(|path| DiskTarget {
             path,
             options: planned.superblock.clone(),
@@ -86,7 +91,7 @@ impl Maker<'_> {
         self.record.filesystems.push(name.clone());
         let aliases = if id == alias { Vec::new() } else { vec![alias] };
         let named = self.record.named;
-        self.targets.push(Target { name, id, aliases, named, mountpoint, fresh: !there, disk });
+        self.targets.push(Target { name, id, aliases, named, mountpoint, fresh, disk });
         self.of_mounts.push(self.targets.len() - 1);
         Ok(&self.targets[self.targets.len() - 1])
     }
@@ -121,6 +126,10 @@ impl Maker<'_> {
             gid_map: &self.spec.ids().gid,
             label: self.spec.mount_label(),
         };
+        if let Some(existing) = &planned.existing {
+            return mount_again(existing, mountpoint)
+                .map_err(|source| PrepareError::Mount { id: id.clone(), source });
+        }
         let Some(path) = filestore else {
             return mount_tmpfs(&mount, mountpoint)
                 .map_err(|source| PrepareError::Mount { id: id.clone(), source });
@@ -156,6 +165,18 @@ impl Maker<'_> {
         &self.targets[self.of_mounts[number]].mountpoint
     }
 
+    /// Records for each of these targets that it is being restored, or no more.
+    pub(crate) fn mark_restoring(&self, targets: &[usize], restoring: bool) -> Result<(), PrepareError> {
+        for target in targets {
+            let name = &self.targets[*target].name;
+            let missing = || PrepareError::Vanished { name: name.clone() };
+            let mut record = self.locked.dir().filesystem(name)?.ok_or_else(missing)?;
+            record.restoring = restoring;
+            self.locked.put_filesystem(name, &record)?;
+        }
+        Ok(())
+    }
+
     /// Copies the directory that planned mount `number` covers into its filesystem.
     pub(crate) fn copy_up(&self, number: usize) -> Result<(), PrepareError> {
         let planned = &self.plan[number];
@@ -188,6 +209,13 @@ impl Maker<'_> {
     }
 }
 
+/// Whether nothing is on a filesystem.
+fn is_empty(id: &ResourceId, mountpoint: &Path) -> Result<bool, PrepareError> {
+    let entries = fs::read_dir(mountpoint);
+    let mut entries = entries.map_err(|source| PrepareError::List { id: id.clone(), source })?;
+    Ok(entries.next().is_none())
+}
+
 /// Removes the filesystems of a container that nobody else has, and forgets it as a user of the others.
 pub(crate) fn remove_of(locked: &Locked, container: &str) -> Result<(), RemoveError> {
     let dir = locked.dir();
@@ -216,6 +244,19 @@ pub(crate) fn remove_of(locked: &Locked, container: &str) -> Result<(), RemoveEr
     Ok(())
 }
 
+/// Removes what is on a volume, as far as possible.
+fn clear(id: &ResourceId, mountpoint: &Path) {
+    let entries = fs::read_dir(mountpoint).into_iter().flatten().flatten();
+    for entry in entries {
+        let path = entry.path();
+        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        if let Err(error) = removed {
+            tracing::error!(%id, path = %path.display(), %error, "what was restored by half can't be removed");
+        }
+    }
+}
+
 fn remove(locked: &Locked, name: &str, record: Option<&FilesystemRecord>) -> Result<(), RemoveError> {
     let mountpoint = locked.dir().mountpoint(name);
     let filestore = record.and_then(|record| record.filestore.as_deref());
@@ -224,6 +265,10 @@ fn remove(locked: &Locked, name: &str, record: Option<&FilesystemRecord>) -> Res
         && let Err(error) = filestore::thaw(&mountpoint)
     {
         tracing::debug!(name, %error, "not thawed");
+    }
+    if let Some(record) = record.filter(|record| record.existing.is_some() && record.restoring) {
+        // It outlives us, and whoever finds something on it takes it for whole.
+        clear(&record.resource_id, &mountpoint);
     }
     unmount(&mountpoint)?;
     if let Some(path) = filestore {

@@ -1,7 +1,8 @@
 //! The mount plan: which mounts of a spec become filesystems of ours, and which are left to runc.
 //!
 //! Taken: every mount of type `tmpfs`, since it is empty at the start and its contents are the
-//! application's; and every bind mount that a hint ([`crate::hints`]) is for. Left:
+//! application's; every bind mount that a hint ([`crate::hints`]) is for; and the bind mounts of a pod's
+//! memory-backed volumes ([`crate::volumes`]), whose filesystem is there already. Left:
 //!
 //! - `/dev` itself: runc fills it with device nodes, consoles and links after mounting it;
 //! - below `/proc` and `/sys`: these tmpfs hide something of the kernel's (masked paths) or hold cgroup
@@ -20,6 +21,7 @@ use stillframe_tmpfs::resource::clean;
 
 use crate::hints::{HintError, Hints, Medium, Share};
 use crate::spec::Spec;
+use crate::volumes::{PodVolume, recognise};
 
 /// A mount of the spec that becomes a filesystem of ours.
 #[derive(Clone, Debug)]
@@ -38,12 +40,34 @@ pub struct PlannedMount {
     pub is_tmpfs: bool,
     /// With whom it shares its filesystem.
     pub volume: Option<Volume>,
+    /// Where its filesystem is mounted already, if it is a volume of the pod's that is taken as it is; the
+    /// spec's mount stays then.
+    pub existing: Option<PathBuf>,
     /// Its source, as mountinfo shows it.
     pub source: Option<String>,
     /// The directory that it will cover.
     pub below: Below,
     /// Mountpoints of later mounts that lie on it.
     pub mountpoints: Vec<Mountpoint>,
+}
+
+impl PlannedMount {
+    /// A bind mount of a volume of the pod's: nothing is to be made, the options are somebody else's.
+    fn of_volume(index: usize, destination: String, volume: PodVolume) -> Self {
+        Self {
+            index,
+            destination,
+            options: TmpfsOptions::default(),
+            superblock: TmpfsOptions::default(),
+            medium: Medium::Memory,
+            is_tmpfs: false,
+            volume: Some(Volume { name: volume.name, share: Share::Pod }),
+            existing: Some(volume.root),
+            source: None,
+            below: Below::Nothing,
+            mountpoints: Vec::new(),
+        }
+    }
 }
 
 /// A filesystem that several mounts have, by the name of its hint.
@@ -116,7 +140,15 @@ pub fn plan(spec: &Spec, rootfs: &Path) -> Result<Vec<PlannedMount>, PlanError> 
         let source = mount.source().as_ref().map(|source| source.to_string_lossy().into_owned());
         let hint = source.as_deref().and_then(|source| hints.find(source));
         let destination = destination(mount);
-        if !(is_tmpfs(mount) || is_bind(mount) && hint.is_some()) {
+        if is_bind(mount) && hint.is_none() {
+            if let Some(volume) =
+                source.as_deref().and_then(|source| recognise(Path::new(source), &destination))
+            {
+                planned.push(PlannedMount::of_volume(index, destination, volume));
+            }
+            continue;
+        }
+        if !(is_tmpfs(mount) || is_bind(mount)) {
             continue;
         }
         if !may_be_taken(&destination) {
@@ -142,6 +174,7 @@ pub fn plan(spec: &Spec, rootfs: &Path) -> Result<Vec<PlannedMount>, PlanError> 
             superblock,
             medium: hint.map_or(Medium::Memory, |hint| hint.medium_for(!is_tmpfs(mount))),
             volume: hint.map(|hint| Volume { name: hint.name.clone(), share: hint.share }),
+            existing: None,
             is_tmpfs: is_tmpfs(mount),
             // What mountinfo shows of a bind mount isn't its source.
             source: source.filter(|_| is_tmpfs(mount)),

@@ -20,11 +20,12 @@ use crate::filestores::Filestores;
 use crate::filesystems::{self, Maker};
 use crate::freezer::FreezeError;
 use crate::image::Image;
+use crate::image_source::{ImageSource, ImageSourceError};
 use crate::plan::{PlanError, PlannedMount, plan};
 use crate::process;
 pub use crate::restore::{RestoreError, RestoreResult};
 use crate::restore::{match_filesystems, restore};
-use crate::spec::{Spec, SpecError};
+use crate::spec::{RESTORE_FROM_ANNOTATION, Spec, SpecError};
 pub use crate::state::StateError;
 use crate::state::{ContainerRecord, Locked, STATE_ROOT, StateDir};
 
@@ -59,6 +60,9 @@ pub enum PrepareError {
     /// The state directory.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The image to restore from can't be had.
+    #[error(transparent)]
+    Source(ImageSourceError),
     /// There is a container of that id.
     #[error("container {0} exists already")]
     Exists(String),
@@ -73,6 +77,15 @@ pub enum PrepareError {
     Below {
         /// Destination of the mount.
         destination: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A volume couldn't be looked at.
+    #[error("list the volume {id}")]
+    List {
+        /// Its ResourceID.
+        id: ResourceId,
         /// Why.
         #[source]
         source: io::Error,
@@ -208,8 +221,13 @@ impl Sandbox {
         let mut spec = Spec::read(&request.bundle)?;
         let plan = plan(&spec, &request.rootfs)?;
         // An image is judged before anything is mounted.
-        let image = match &request.restore_from {
-            Some(path) => Some(Image::open(path).map_err(RestoreError::from)?),
+        let asked = spec.annotation(RESTORE_FROM_ANNOTATION).map(PathBuf::from);
+        let source = match request.restore_from.clone().or(asked) {
+            Some(path) => Some(ImageSource::open(&path).map_err(PrepareError::Source)?),
+            None => None,
+        };
+        let image = match &source {
+            Some(source) => Some(Image::open(source.directory()).map_err(RestoreError::from)?),
             None => None,
         };
         // Before the sandbox is locked: it locks others.
@@ -261,7 +279,9 @@ impl Sandbox {
         };
         for (number, planned) in plan.iter().enumerate() {
             let target = maker.obtain(number)?;
-            spec.replace_with_bind(planned.index, &target.mountpoint, planned.options.bind_options());
+            if planned.existing.is_none() {
+                spec.replace_with_bind(planned.index, &target.mountpoint, planned.options.bind_options());
+            }
         }
         let pairs = image.as_ref().map(|image| match_filesystems(&image.manifest, &maker.targets));
         let pairs = pairs.unwrap_or_default();
@@ -281,7 +301,12 @@ impl Sandbox {
             Some(image) => {
                 let ids = maker.record.ids.clone();
                 let options = BuildOptions { ids, devices: spec.may_make_devices() };
-                Some(restore(image, &maker.targets, &pairs, &options)?)
+                let fresh = |target: &usize| maker.targets[*target].fresh;
+                let restoring: Vec<usize> = pairs.iter().map(|(_, target)| *target).filter(fresh).collect();
+                maker.mark_restoring(&restoring, true)?;
+                let restored = restore(image, &maker.targets, &pairs, &options)?;
+                maker.mark_restoring(&restoring, false)?;
+                Some(restored)
             }
         };
         for (number, _) in plan.iter().enumerate().filter(|(_, planned)| planned.options.flags.ro) {

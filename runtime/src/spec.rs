@@ -14,6 +14,8 @@ use stillframe_tmpfs::{IdMap, IdMapping, Ids};
 
 /// Name of the container in ResourceIDs, over all else.
 pub const NAME_ANNOTATION: &str = "dev.stillframe.container-name";
+/// Image to restore the container's filesystems from: an absolute path of a directory or a tar archive of one.
+pub const RESTORE_FROM_ANNOTATION: &str = "dev.stillframe.restore-from";
 /// Name of the container in its pod, as containerd's CRI writes it.
 pub const CRI_NAME_ANNOTATION: &str = "io.kubernetes.cri.container-name";
 

@@ -96,6 +96,12 @@ pub struct FilesystemRecord {
     /// The file that holds it, if it is on disk.
     #[serde(default)]
     pub filestore: Option<PathBuf>,
+    /// Where somebody else has mounted it, if it is a volume that was taken as it is.
+    #[serde(default)]
+    pub existing: Option<PathBuf>,
+    /// Whether it is being restored. If that isn't completed, what is on it is half of an image.
+    #[serde(default)]
+    pub restoring: bool,
 }
 
 impl FilesystemRecord {
@@ -312,9 +318,10 @@ impl Locked {
 /// What names of the pod's filesystems begin with. They have no dot, and those of a container's always have one.
 const POD: &str = "pod-";
 
-/// Name of the directory of the pod's filesystem `volume`, which has no dot.
+/// Name of the directory of the pod's filesystem `volume`, which has no dot. (`dev/shm` has a slash, and no
+/// volume's name a tilde.)
 pub fn pod_filesystem(volume: &str) -> String {
-    format!("{POD}{volume}")
+    format!("{POD}{}", volume.replace('/', "~"))
 }
 
 fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> StateError + 'a {

@@ -62,7 +62,9 @@ fn mappings(pid: i32) -> Vec<std::path::PathBuf> {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::io::{Read, Write};
     use std::os::unix::fs::FileExt;
+    use std::process::{Command, Stdio};
 
     use super::*;
 
@@ -95,10 +97,13 @@ mod tests {
     #[test]
     fn a_running_program_without_a_name_is_counted_by_its_mapping() {
         let dir = tempfile::tempdir().unwrap();
-        let program = dir.path().join("sleep");
-        let size = fs::copy("/bin/sleep", &program).unwrap();
+        let program = dir.path().join("cat");
+        let size = fs::copy("/bin/cat", &program).unwrap();
         let device = fs::metadata(&program).unwrap().dev();
-        let mut child = std::process::Command::new(&program).arg("1000").spawn().unwrap();
+        let mut child = Command::new(&program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        // What it says shows that it runs: spawn returns before its program is mapped.
+        child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         let pid = [child.id().cast_signed()];
         fs::remove_file(&program).unwrap();
         let held = count(&pid, &[device]);

@@ -294,6 +294,21 @@ fn open_clone(mountpoint: &Path, attributes: MountAttr) -> Result<File, MountErr
     reopen(clone.as_fd(), mountpoint)
 }
 
+/// Whether a tmpfs is mounted at `path`, shown from its root on.
+pub fn is_whole_tmpfs(path: &Path) -> bool {
+    let is_tmpfs = |fd: &OwnedFd| rustix::fs::fstatfs(fd).is_ok_and(|fs| fs.f_type == MAGICS[0]);
+    open_filesystem(path).is_ok_and(|fd| is_tmpfs(&fd))
+}
+
+/// Mounts the filesystem that is mounted at `source` on the directory `target` as well: private, without
+/// what is mounted below it. It lives as long as either.
+pub fn mount_again(source: &Path, target: &Path) -> Result<(), MountError> {
+    let fd = open_filesystem(source)?;
+    let clone = clone_tree(fd.as_fd(), OpenTreeFlags::empty(), source)?;
+    let target_fd = open_directory(target)?;
+    attach(clone.as_fd(), target_fd.as_fd(), target)
+}
+
 /// Detaches what is mounted at `target` (the topmost mount); nothing mounted or no such path is fine.
 /// The filesystem lives on in a container that has it, and as long as descriptors of it are open.
 pub fn unmount(target: &Path) -> Result<(), MountError> {
