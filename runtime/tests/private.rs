@@ -6,164 +6,24 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use stillframe_pgalloc::Direct;
-use stillframe_runtime::cli::chain;
 use stillframe_runtime::config::Config;
 use stillframe_runtime::image::Image;
 use stillframe_runtime::manifest::{Manifest, Offsets, Part};
-use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Prepared, Sandbox};
-use stillframe_runtime::state::STATE_ROOT;
+use stillframe_runtime::sandbox::Sandbox;
 use stillframe_tmpfs::mount::open_view;
 
 #[path = "../../tmpfs/tests/support/filesystem.rs"]
 mod filesystem;
 
+#[path = "support/pod.rs"]
+mod pod;
+
+use pod::Pod;
+
 use filesystem::{EXT4_LARGEST, describe_directory, fill_up_to, noise};
-
-/// A sandbox with any number of containers, of which only the filesystems and sleeping processes are real.
-struct Pod {
-    namespace: String,
-    sandbox: Sandbox,
-    dir: tempfile::TempDir,
-    containers: Vec<&'static str>,
-    processes: Vec<(Child, PathBuf)>,
-}
-
-static NUMBER: AtomicU32 = AtomicU32::new(0);
-
-impl Pod {
-    fn new() -> Self {
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let namespace = format!("private-{}-{number}", std::process::id());
-        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-        let config = Config { filestore_dir: dir.path().join("filestore") };
-        let sandbox = Sandbox::new(&namespace, "s").unwrap().with_config(config);
-        Self { namespace, sandbox, dir, containers: Vec::new(), processes: Vec::new() }
-    }
-
-    /// Makes a bundle of members of config.json, and prepares the container.
-    fn prepare(&mut self, id: &'static str, config: &str, image: Option<&Path>) -> Result<Prepared, String> {
-        let bundle = self.dir.path().join(id);
-        fs::create_dir_all(bundle.join("rootfs")).unwrap();
-        fs::write(bundle.join("config.json"), format!("{{{config}}}")).unwrap();
-        let request = PrepareRequest {
-            container_id: id.to_owned(),
-            rootfs: bundle.join("rootfs"),
-            bundle,
-            runtime: "runc".into(),
-            restore_from: image.map(Path::to_owned),
-        };
-        let prepared = self.sandbox.prepare(&request).map_err(|error| chain(&error));
-        if prepared.is_ok() {
-            self.containers.push(id);
-        }
-        prepared
-    }
-
-    /// Starts a container's process, in a cgroup of the v1 freezer or else of v2.
-    fn start(&mut self, id: &str, command: &mut Command) {
-        let v1 = Path::new("/sys/fs/cgroup/freezer");
-        let v2 = [Path::new("/sys/fs/cgroup/unified"), Path::new("/sys/fs/cgroup")];
-        let v2 = v2.into_iter().find(|path| path.join("cgroup.subtree_control").exists());
-        let root = if v1.is_dir() { v1 } else { v2.expect("a cgroup hierarchy") };
-        let cgroup = root.join(format!("{}-{id}", self.namespace));
-        fs::create_dir(&cgroup).unwrap();
-        let child = command.stdin(Stdio::null()).spawn().unwrap();
-        fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).unwrap();
-        self.sandbox.set_init_pid(id, child.id().cast_signed()).unwrap();
-        self.processes.push((child, cgroup));
-    }
-
-    /// A running container.
-    fn running(&mut self, id: &'static str, config: &str) -> Prepared {
-        let prepared = self.prepare(id, config, None).unwrap();
-        self.start(id, Command::new("sleep").arg("1000"));
-        prepared
-    }
-
-    fn state(&self) -> PathBuf {
-        Path::new(STATE_ROOT).join(&self.namespace)
-    }
-
-    /// Where a filesystem is mounted, by the name of its directory.
-    fn mount(&self, name: &str) -> PathBuf {
-        self.state().join(format!("s/filesystems/{name}/mnt"))
-    }
-
-    /// The file of a filesystem on disk.
-    fn file(&self, name: &str) -> PathBuf {
-        self.dir.path().join(format!("filestore/{}/s/{name}.img", self.namespace))
-    }
-
-    /// What config.json says of the container's mounts now.
-    fn mounts(&self, id: &str) -> Vec<serde_json::Value> {
-        let config = fs::read(self.dir.path().join(id).join("config.json")).unwrap();
-        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
-        config["mounts"].as_array().unwrap().clone()
-    }
-
-    fn checkpoint(&self, id: &str, image: &Path, paths: &[&str]) -> Result<CheckpointResult, String> {
-        let request = CheckpointRequest {
-            container_id: id.to_owned(),
-            image_path: image.to_owned(),
-            paths: paths.iter().map(|path| path.parse().unwrap()).collect(),
-            direct: Direct::Auto,
-            kill: false,
-        };
-        self.sandbox.checkpoint(&request).map_err(|error| chain(&error))
-    }
-
-    fn remove(&mut self, id: &str) {
-        self.sandbox.remove(id).unwrap();
-        self.containers.retain(|other| *other != id);
-    }
-
-    /// Neither mount nor loop device nor file nor state is left.
-    fn assert_nothing_is_left(&self) {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(self.state().to_str().unwrap()), "{mounts}");
-        assert!(!self.state().exists());
-        let filestore = self.dir.path().join("filestore");
-        let left = fs::read_dir(&filestore).map_or(0, |entries| entries.count());
-        assert_eq!(left, 0, "files in {filestore:?}");
-        // A process that another test is just starting may have our descriptors until it executes its program.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while is_attached(&filestore) {
-            assert!(Instant::now() < deadline, "a loop device of {filestore:?}");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-}
-
-impl Drop for Pod {
-    fn drop(&mut self) {
-        for (child, cgroup) in &mut self.processes {
-            let _ = fs::write(cgroup.join("freezer.state"), "THAWED");
-            let _ = fs::write(cgroup.join("cgroup.freeze"), "0");
-            let _ = child.kill();
-            let _ = child.wait();
-            let _ = fs::remove_dir(cgroup);
-        }
-        for id in std::mem::take(&mut self.containers) {
-            self.sandbox.remove(id).unwrap();
-        }
-        if !std::thread::panicking() {
-            self.assert_nothing_is_left();
-        }
-    }
-}
-
-/// Whether a loop device has a file below `directory`.
-fn is_attached(directory: &Path) -> bool {
-    let devices = fs::read_dir("/sys/block").unwrap().map(|entry| entry.unwrap().path());
-    let mut backing =
-        devices.map(|device| fs::read_to_string(device.join("loop/backing_file")).unwrap_or_default());
-    backing.any(|backing| Path::new(backing.trim()).starts_with(directory))
-}
 
 /// Members of a config.json: one tmpfs at /data whose source is "scratch", and a hint for it.
 fn scratch(medium: &str, share: &str, options: &str) -> String {
