@@ -51,6 +51,7 @@ demo: setup release
 bench: probe
 	@scripts/setup bench
 	$(CARGO) build --release --bins $(BUILT) --package stillframe-bench
+	$(CARGO) bench --package stillframe-pgalloc --package stillframe-tmpfs --bench digest --bench tree -- --quick
 	@"$$CARGO_TARGET_DIR/release/stillframe-bench" $(BENCH)
 
 check:

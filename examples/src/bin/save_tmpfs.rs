@@ -19,7 +19,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let (mountpoint, directory) = (Path::new(&mountpoint), Path::new(&directory));
 
-    let pages_file = File::options().read(true).write(true).create_new(true).open(directory.join("pages.img"))?;
+    let pages_file =
+        File::options().read(true).write(true).create_new(true).open(directory.join("pages.img"))?;
     let pages = AsyncPagesFileSave::new(pages_file, SaveOptions::default())?;
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file)?;
