@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench install setup build probe release fuzz
+.PHONY: demo test check bench install setup setup-test build probe release fuzz
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
@@ -23,6 +23,10 @@ PROGRAMS = containerd-shim-stillframe-v1 stillframe
 setup:
 	@scripts/setup
 
+# Other versions of containerd besides.
+setup-test:
+	@scripts/setup test
+
 # Linked statically, since it runs in an image without libraries; for a named target, since the flag that does
 # it must not reach build scripts and macros.
 probe:
@@ -36,7 +40,7 @@ release: probe
 	$(CARGO) build --bins $(BUILT) --release
 
 # The output of all tests is shown, so that no SKIPPED line is lost; the last lines count them.
-test: setup build
+test: setup-test build
 	@log="$$CARGO_TARGET_DIR/test.log"; status=0; \
 	$(CARGO) test --workspace --no-fail-fast -- --show-output 2>&1 | tee "$$log" || status=$$?; \
 	echo; awk '/^test result:/ {passed += $$4; failed += $$6; ignored += $$8} /^SKIPPED: / {print; skipped++} \

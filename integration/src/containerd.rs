@@ -6,11 +6,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, Once};
 use std::thread;
@@ -18,18 +19,22 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use crate::config::{self, Services};
 use crate::container::ContainerSpec;
 use crate::ctr::{Ctr, CtrError, run};
 use crate::image::{self, ImageError};
 use crate::residue::{Residue, descendants};
 use crate::watchdog::{self, Plan};
-use crate::{binaries, residue};
+use crate::{ContainerdVersion, binaries, residue};
 
 /// How long containerd may take until its socket answers.
 const START: Duration = Duration::from_secs(60);
 
 /// How long what a container leaves may take to go after the command that removes it.
 const SETTLE: Duration = Duration::from_secs(10);
+
+/// The namespace of everything that is done through CRI, on every containerd.
+const CRI_NAMESPACE: &str = "k8s.io";
 
 /// Why there is no containerd.
 #[derive(Debug, thiserror::Error)]
@@ -61,31 +66,6 @@ pub enum StartError {
     Ctr(#[from] CtrError),
 }
 
-/// Which containerd to start.
-#[derive(Debug, Clone)]
-pub struct ContainerdVersion {
-    /// What to call it in messages.
-    pub name: String,
-    /// The daemon.
-    pub containerd: PathBuf,
-    /// Its client.
-    pub ctr: PathBuf,
-}
-
-impl ContainerdVersion {
-    /// The one that is installed.
-    pub fn installed() -> Result<Self, StartError> {
-        let containerd = binaries::find("containerd").ok_or(StartError::Missing("containerd"))?;
-        let ctr = binaries::find("ctr").ok_or(StartError::Missing("ctr"))?;
-        Ok(Self { name: "installed".to_owned(), containerd, ctr })
-    }
-
-    /// One that was unpacked into a directory, with its programs in `bin`.
-    pub fn in_directory(name: &str, dir: &Path) -> Self {
-        Self { name: name.to_owned(), containerd: dir.join("bin/containerd"), ctr: dir.join("bin/ctr") }
-    }
-}
-
 /// A running containerd.
 #[derive(Debug)]
 pub struct Containerd {
@@ -105,6 +85,11 @@ impl Containerd {
 
     /// Starts the given containerd with the test image in it.
     pub fn start_version(version: &ContainerdVersion) -> Result<Self, StartError> {
+        Self::start_with(version, Services::Tasks)
+    }
+
+    /// Starts the given containerd with more than `ctr` needs.
+    pub fn start_with(version: &ContainerdVersion, services: Services) -> Result<Self, StartError> {
         static INSTANCES: AtomicU32 = AtomicU32::new(0);
         clean_up_on_signals();
         if binaries::find("runc").is_none() {
@@ -113,8 +98,9 @@ impl Containerd {
         let namespace = format!("sf-{}-{}", std::process::id(), INSTANCES.fetch_add(1, Ordering::Relaxed));
         // Short: a socket's path ends after 107 bytes. Not in TMPDIR, which may be long, or on tmpfs.
         let dir = tempfile::Builder::new().prefix("sf-").tempdir_in("/tmp").map_err(at("/tmp"))?.keep();
-        let plan = plan(version, &dir, &namespace)?;
+        let plan = plan(version, services, &dir, &namespace)?;
         let watchdog = start_watchdog(&plan)?;
+        let namespace = plan.namespace.clone();
         let ctr = Ctr { program: version.ctr.clone(), address: dir.join("c.sock"), namespace };
         let containerd = Self { plan, ctr, watchdog, ids: Mutex::default(), stopped: false };
         containerd.await_socket()?;
@@ -142,9 +128,34 @@ impl Containerd {
 
     /// A container's id that is unique on the machine.
     pub fn id(&self, name: &str) -> String {
-        let id = format!("{}-{name}", self.plan.namespace);
+        let id = format!("{}-{name}", self.plan.cgroup);
         self.ids.lock().expect("nobody panics while holding it").insert(id.clone());
         id
+    }
+
+    /// Takes note of an id that containerd has given to a pod or container, so that what it leaves behind is found.
+    pub fn know(&self, id: &str) -> io::Result<()> {
+        self.ids.lock().expect("nobody panics while holding it").insert(id.to_owned());
+        let file = fs::File::options().create(true).append(true).open(residue::ids_file(self.dir()));
+        file?.write_all(format!("{id}\n").as_bytes())
+    }
+
+    /// The cgroup, in each hierarchy, that the containers' cgroups are in.
+    pub fn cgroup(&self) -> &str {
+        &self.plan.cgroup
+    }
+
+    /// Ends containerd, with [`watchdog::TERMINATE`] or [`watchdog::KILL`], and starts it again. Shims live on.
+    pub fn restart(&self, how: &str) -> Result<(), StartError> {
+        let mut all = WATCHDOGS.lock().expect("nobody panics while holding it");
+        let watchdog =
+            all.iter_mut().find(|one| one.child.id() == self.watchdog).expect("it lives until stop");
+        writeln!(watchdog.stdin, "{how}").map_err(at("stillframe-watchdog"))?;
+        watchdog.started(&self.plan)?;
+        drop(all);
+        self.await_socket()?;
+        self.ctr.run(&["version"])?;
+        Ok(())
     }
 
     /// The start of a container of this name.
@@ -204,6 +215,16 @@ impl Containerd {
         release(self.watchdog)
     }
 
+    /// containerd's own process. Panics when it has ended, which no test survives.
+    pub fn pid(&self) -> nix::unistd::Pid {
+        let daemon = self.daemon().unwrap_or_else(|| panic!("containerd has ended:\n{}", self.log()));
+        nix::unistd::Pid::from_raw(daemon.pid)
+    }
+
+    fn daemon(&self) -> Option<residue::Process> {
+        descendants(self.watchdog).into_iter().find(|process| process.exe == self.plan.containerd)
+    }
+
     fn await_socket(&self) -> Result<(), StartError> {
         let deadline = Instant::now() + START;
         let not_ready = |reason: String| StartError::NotReady { reason, log: self.log() };
@@ -215,7 +236,7 @@ impl Containerd {
                 }
                 Err(_) => {}
             }
-            if !descendants(self.watchdog).iter().any(|process| process.exe == self.plan.containerd) {
+            if self.daemon().is_none() {
                 return Err(not_ready("it has ended".to_owned()));
             }
             thread::sleep(Duration::from_millis(10));
@@ -238,45 +259,33 @@ impl Drop for Containerd {
     }
 }
 
-fn plan(version: &ContainerdVersion, dir: &Path, namespace: &str) -> Result<Plan, StartError> {
-    let text = |path: &str| dir.join(path).display().to_string();
-    // Version 2 is understood by 1.6 and all later ones. The plugins are those that would reach out of the
-    // directory or complain about kernel modules; what a version doesn't know it ignores.
-    let config = format!(
-        r#"version = 2
-root = "{root}"
-state = "{state}"
-disabled_plugins = [
-  "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime",
-  "io.containerd.internal.v1.opt", "io.containerd.internal.v1.tracing", "io.containerd.nri.v1.nri",
-  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
-  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs",
-]
-
-[debug]
-  level = "debug"
-
-[grpc]
-  address = "{grpc}"
-
-[ttrpc]
-  address = "{grpc}.ttrpc"
-"#,
-        root = text("root"),
-        state = text("state"),
-        grpc = text("c.sock"),
-    );
-    let file = dir.join("config.toml");
-    fs::write(&file, config).map_err(at(&file))?;
-    let tmp = dir.join("tmp");
-    fs::create_dir(&tmp).map_err(at(&tmp))?;
+fn plan(version: &ContainerdVersion, services: Services, dir: &Path, name: &str) -> Result<Plan, StartError> {
+    let write = |name: &str, text: &str, mode| {
+        let file = dir.join(name);
+        fs::write(&file, text).map_err(at(&file))?;
+        fs::set_permissions(&file, fs::Permissions::from_mode(mode)).map_err(at(&file))?;
+        Ok::<_, StartError>(file)
+    };
+    let config = write("config.toml", &config::config(version.numbers().0, services, dir), 0o644)?;
+    for name in ["tmp", "bin"] {
+        let path = dir.join(name);
+        fs::create_dir(&path).map_err(at(&path))?;
+    }
+    write("bin/criu", include_str!("criu-version.sh"), 0o755)?;
+    let containerd = version.containerd.canonicalize().map_err(at(&version.containerd))?;
     let system = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let inherited = std::env::var("PATH").unwrap_or_default();
-    let path = format!("{}:{inherited}:{system}", binaries::directory().display());
-    let containerd = version.containerd.canonicalize().map_err(at(&version.containerd))?;
-    let (dir, namespace, log) = (dir.to_owned(), namespace.to_owned(), dir.join("containerd.log"));
-    Ok(Plan { dir, namespace, containerd, config: file, log, path })
+    let (built, own) = (binaries::directory(), containerd.parent().expect("it is a file"));
+    // Its own shim of runc's before any other's.
+    let path = [built.as_path(), own, &dir.join("bin")].map(|path| path.display().to_string()).join(":");
+    let path = format!("{path}:{inherited}:{system}");
+    let (shared, namespace) = match services {
+        Services::Tasks => (false, name),
+        Services::Cri => (true, CRI_NAMESPACE),
+    };
+    let (dir, namespace, cgroup) = (dir.to_owned(), namespace.to_owned(), name.to_owned());
+    let log = dir.join("containerd.log");
+    Ok(Plan { dir, namespace, cgroup, shared, containerd, config, log, path })
 }
 
 fn at(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> StartError {
@@ -290,8 +299,29 @@ fn tail(path: &Path, lines: usize) -> String {
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-/// Watchdogs that live, with the pipe whose end is their sign.
-static WATCHDOGS: Mutex<Vec<(Child, ChildStdin)>> = Mutex::new(Vec::new());
+/// A watchdog that lives.
+#[derive(Debug)]
+struct Watchdog {
+    child: Child,
+    /// Its end is the sign to clean up.
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+static WATCHDOGS: Mutex<Vec<Watchdog>> = Mutex::new(Vec::new());
+
+impl Watchdog {
+    /// Waits until it says that it has started containerd.
+    fn started(&mut self, plan: &Plan) -> Result<(), StartError> {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).map_err(at("stillframe-watchdog"))?;
+        if line.trim().parse::<u32>().is_err() {
+            let log = tail(&plan.log, 60);
+            return Err(StartError::NotReady { reason: "the watchdog couldn't start it".to_owned(), log });
+        }
+        Ok(())
+    }
+}
 
 /// Gives the watchdog's process id, when containerd is started.
 fn start_watchdog(plan: &Plan) -> Result<u32, StartError> {
@@ -305,28 +335,24 @@ fn start_watchdog(plan: &Plan) -> Result<u32, StartError> {
         .spawn()
         .map_err(at(&program))?;
     let stdin = child.stdin.take().expect("it was piped");
-    let stdout = child.stdout.take().expect("it was piped");
+    let stdout = BufReader::new(child.stdout.take().expect("it was piped"));
     let id = child.id();
-    WATCHDOGS.lock().expect("nobody panics while holding it").push((child, stdin));
-    let mut line = String::new();
-    BufReader::new(stdout).read_line(&mut line).map_err(at(&program))?;
-    if line.trim().parse::<u32>().is_err() {
-        let log = tail(&plan.log, 60);
-        return Err(StartError::NotReady { reason: "the watchdog couldn't start it".to_owned(), log });
-    }
+    let mut all = WATCHDOGS.lock().expect("nobody panics while holding it");
+    all.push(Watchdog { child, stdin, stdout });
+    all.last_mut().expect("it was pushed").started(plan)?;
     Ok(id)
 }
 
 /// Lets one watchdog do its work, and waits for it.
 fn release(id: u32) -> Result<(), String> {
     let mut all = WATCHDOGS.lock().expect("nobody panics while holding it");
-    let Some(index) = all.iter().position(|(child, _)| child.id() == id) else { return Ok(()) };
+    let Some(index) = all.iter().position(|one| one.child.id() == id) else { return Ok(()) };
     let watchdog = all.swap_remove(index);
     drop(all);
     wait_for(watchdog)
 }
 
-fn wait_for((mut child, stdin): (Child, ChildStdin)) -> Result<(), String> {
+fn wait_for(Watchdog { mut child, stdin, stdout: _stdout }: Watchdog) -> Result<(), String> {
     drop(stdin);
     match child.wait() {
         Ok(status) if status.success() => Ok(()),

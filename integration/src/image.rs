@@ -1,7 +1,8 @@
-//! The image that the tests run: busybox and the probe, as an OCI image layout in one tar file.
+//! The images that the tests run: busybox and the probe, as an OCI image layout in one tar file.
 //!
 //! Built here because no image registry is needed for two programs, and the same bytes come out each time:
-//! names in order, no times, no owners. One uncompressed layer.
+//! names in order, no times, no owners. One uncompressed layer, with two names: that of the tests' containers, and that
+//! of what holds a pod's namespaces, whose command waits to be killed.
 
 use std::fs;
 use std::io::{self, Write};
@@ -17,6 +18,9 @@ use crate::binaries;
 /// The name that containerd knows the image by.
 pub const NAME: &str = "stillframe.test/probe:latest";
 
+/// The name of the image that a pod's sandbox runs.
+pub const PAUSE: &str = "stillframe.test/pause:latest";
+
 /// Why the image can't be built.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -28,7 +32,7 @@ pub enum ImageError {
     Io(#[from] io::Error),
 }
 
-/// Writes the image to `path`.
+/// Writes the images to `path`.
 pub fn build(path: &Path) -> Result<(), ImageError> {
     let busybox = binaries::find("busybox").ok_or(ImageError::Missing("busybox"))?;
     let layer = layer(&busybox, &binaries::probe())?;
@@ -37,33 +41,38 @@ pub fn build(path: &Path) -> Result<(), ImageError> {
         "aarch64" => "arm64",
         other => other,
     };
-    let layer_digest = digest(&layer);
-    let config = json!({
-        "architecture": architecture,
-        "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"], "WorkingDir": "/"},
-        "rootfs": {"type": "layers", "diff_ids": [layer_digest]},
-        "history": [{"created_by": "stillframe-integration"}],
-    })
-    .to_string();
-    let manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": descriptor("application/vnd.oci.image.config.v1+json", config.as_bytes()),
-        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", &layer)],
-    })
-    .to_string();
-    let mut entry = descriptor("application/vnd.oci.image.manifest.v1+json", manifest.as_bytes());
-    entry["platform"] = json!({"architecture": architecture, "os": "linux"});
-    entry["annotations"] =
-        json!({"io.containerd.image.name": NAME, "org.opencontainers.image.ref.name": "latest"});
-    let index = json!({"schemaVersion": 2, "manifests": [entry]}).to_string();
+    let mut entries = Vec::new();
+    let mut blobs = Vec::new();
+    for (name, command) in [(NAME, &["/bin/sh"][..]), (PAUSE, &["/bin/probe", "idle"])] {
+        let config = json!({
+            "architecture": architecture,
+            "os": "linux",
+            "config": {"Env": ["PATH=/bin"], "Cmd": command, "WorkingDir": "/"},
+            "rootfs": {"type": "layers", "diff_ids": [digest(&layer)]},
+            "history": [{"created_by": "stillframe-integration"}],
+        })
+        .to_string();
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": descriptor("application/vnd.oci.image.config.v1+json", config.as_bytes()),
+            "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", &layer)],
+        })
+        .to_string();
+        let mut entry = descriptor("application/vnd.oci.image.manifest.v1+json", manifest.as_bytes());
+        entry["platform"] = json!({"architecture": architecture, "os": "linux"});
+        entry["annotations"] =
+            json!({"io.containerd.image.name": name, "org.opencontainers.image.ref.name": "latest"});
+        entries.push(entry);
+        blobs.extend([manifest, config]);
+    }
+    let index = json!({"schemaVersion": 2, "manifests": entries}).to_string();
 
     let mut tar = Builder::new(io::BufWriter::new(fs::File::create(path)?));
     let layout = r#"{"imageLayoutVersion":"1.0.0"}"#;
     append_file(&mut tar, "oci-layout", 0o644, layout.as_bytes())?;
     append_file(&mut tar, "index.json", 0o644, index.as_bytes())?;
-    for blob in [manifest.as_bytes(), config.as_bytes(), &layer] {
+    for blob in blobs.iter().map(String::as_bytes).chain([layer.as_slice()]) {
         append_file(&mut tar, &format!("blobs/sha256/{}", &digest(blob)["sha256:".len()..]), 0o644, blob)?;
     }
     tar.into_inner()?.flush()?;

@@ -10,6 +10,7 @@
 pub mod alter;
 pub mod binaries;
 pub mod checkpoint;
+pub mod config;
 pub mod container;
 pub mod containerd;
 pub mod ctr;
@@ -17,14 +18,17 @@ pub mod image;
 pub mod listing;
 pub mod residue;
 pub mod skip;
+pub mod version;
 pub mod watchdog;
 
 pub use checkpoint::{LastCheckpoint, LookError};
+pub use config::Services;
 pub use container::{Container, ContainerSpec};
-pub use containerd::{Containerd, ContainerdVersion};
+pub use containerd::Containerd;
 pub use ctr::{Background, Ctr, CtrError};
 pub use listing::{Difference, Listing, compare};
 pub use residue::Residue;
+pub use version::ContainerdVersion;
 
 /// The runtime under test.
 pub const STILLFRAME: &str = "io.containerd.stillframe.v1";

@@ -1,7 +1,7 @@
 //! What is left of a container, or of a whole containerd: processes, mounts, cgroups, files.
 //!
-//! Everything of one containerd is known by its directory, by its namespace, by ids that begin with the namespace,
-//! or by descent from its watchdog; so other containerds on the machine are never taken for it.
+//! Everything of one containerd is known by its directory, by its namespace, by ids that begin with the namespace (or,
+//! where the namespace is everybody's, that were written down), or by descent from its watchdog; so other containerds on the machine are never taken for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -28,10 +28,9 @@ pub struct Residue {
 impl Residue {
     /// What there is of one containerd now. `watchdog` is the process id of its watchdog.
     pub fn of(plan: &Plan, watchdog: u32) -> Self {
-        let bundles = plan.dir.join("state/io.containerd.runtime.v2.task").join(&plan.namespace);
-        let bundles = entries(&bundles).into_iter().filter(|path| !hidden(path));
+        let bundles = entries(&bundles(plan)).into_iter().filter(|path| !hidden(path));
         let processes = descendants(watchdog).into_iter().filter(|process| process.exe != plan.containerd);
-        let cgroups = cgroups(&plan.namespace);
+        let cgroups = cgroups(&plan.cgroup);
         Self {
             processes: processes.map(|process| format!("{} {}", process.pid, process.command)).collect(),
             mounts: mounts(plan).iter().map(|path| path.display().to_string()).collect(),
@@ -41,9 +40,12 @@ impl Residue {
                 .flat_map(|path| directories(path))
                 .map(|path| path.display().to_string())
                 .collect(),
-            files: files(&plan.namespace)
+            // A namespace's own directory stays between containers, too.
+            files: files(plan)
                 .iter()
-                .flat_map(|path| if path.is_dir() { entries(path) } else { vec![path.clone()] })
+                .flat_map(
+                    |path| if path.ends_with(&plan.namespace) { entries(path) } else { vec![path.clone()] },
+                )
                 .chain(bundles)
                 .map(|path| path.display().to_string())
                 .collect(),
@@ -113,43 +115,73 @@ pub fn descendants(root: u32) -> Vec<Process> {
 
 /// Mount points of this process's mount namespace below the directory or the namespace's state, in mount order.
 pub fn mounts(plan: &Plan) -> Vec<PathBuf> {
-    let state = Path::new("/run/stillframe").join(&plan.namespace);
+    let state = owned(plan, Path::new("/run/stillframe"));
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points =
         text.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| PathBuf::from(octal(point)));
-    points.filter(|point| point.starts_with(&plan.dir) || point.starts_with(&state)).collect()
+    points
+        .filter(|point| point.starts_with(&plan.dir) || state.iter().any(|state| point.starts_with(state)))
+        .collect()
 }
 
-/// The namespace's cgroup in each hierarchy that has one.
-pub fn cgroups(namespace: &str) -> Vec<PathBuf> {
+/// The cgroup of this name in each hierarchy that has one.
+pub fn cgroups(name: &str) -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let hierarchies: BTreeSet<PathBuf> = text
         .lines()
         .filter(|line| line.contains(" - cgroup ") || line.contains(" - cgroup2 "))
         .filter_map(|line| line.split(' ').nth(4))
-        .map(|point| Path::new(&octal(point)).join(namespace))
+        .map(|point| Path::new(&octal(point)).join(name))
         .filter(|path| path.is_dir())
         .collect();
     hierarchies.into_iter().collect()
 }
 
-/// What of the namespace lies in the directories that all containerds share.
-pub fn files(namespace: &str) -> Vec<PathBuf> {
+/// What of the containers lies in the directories that all containerds share.
+pub fn files(plan: &Plan) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = ["/run/stillframe", "/run/containerd/runc", "/run/containerd/stillframe"]
         .iter()
-        .map(|parent| Path::new(parent).join(namespace))
+        .flat_map(|parent| owned(plan, Path::new(parent)))
         .filter(|path| path.exists())
         .collect();
-    // A directory of random name for each task, with fifos that are called after the container.
+    // A directory of random name for each task, with fifos that are called after the container. CRI has its own.
     for dir in entries(Path::new("/run/containerd/fifo")) {
         let ours = |path: &PathBuf| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&format!("{namespace}-")))
+            let prefix = format!("{}-", plan.namespace);
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
         };
         if entries(&dir).iter().any(ours) {
             found.push(dir);
         }
     }
     found
+}
+
+/// What of `parent`, which has a directory for each namespace, belongs to one containerd.
+fn owned(plan: &Plan, parent: &Path) -> Vec<PathBuf> {
+    let namespace = parent.join(&plan.namespace);
+    if plan.shared { ids(plan).iter().map(|id| namespace.join(id)).collect() } else { vec![namespace] }
+}
+
+/// Where a test that knows of a container's or a pod's id writes it, one a line.
+pub fn ids_file(dir: &Path) -> PathBuf {
+    dir.join("ids")
+}
+
+/// The ids that are known: of what there is now, and of what tests have known.
+fn ids(plan: &Plan) -> BTreeSet<String> {
+    let mut ids: BTreeSet<String> =
+        fs::read_to_string(ids_file(&plan.dir)).unwrap_or_default().lines().map(str::to_owned).collect();
+    let cri = plan.dir.join("root/io.containerd.grpc.v1.cri");
+    for dir in [bundles(plan), cri.join("sandboxes"), cri.join("containers")] {
+        let names = entries(&dir).into_iter().filter(|path| !hidden(path));
+        ids.extend(names.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())));
+    }
+    ids
+}
+
+fn bundles(plan: &Plan) -> PathBuf {
+    plan.dir.join("state/io.containerd.runtime.v2.task").join(&plan.namespace)
 }
 
 /// Where the shim of a container (or of a group that is called so) listens: containerd's SocketAddress.

@@ -6,13 +6,14 @@
 //!
 //! The watchdog starts containerd and then waits for its standard input to end. That happens when the test
 //! closes it, and just as well when the test is killed, in whatever way: there is no second path for accidents.
+//! Until then a line there is the wish that containerd be restarted: [`TERMINATE`] or [`KILL`] says how it is to end.
 //! Since it is the subreaper of all that containerd starts, "everything that belongs to this containerd" is its
 //! descendants, and their end can be awaited. Then it removes what Linux and containerd leave outside of
 //! the directory: mounts, cgroups, runc's state, sockets and fifos. The directories that all containerds share
 //! (`/run/containerd/s` and the like) stay, empty or not: another one may be about to use them.
 
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -31,6 +32,11 @@ use crate::residue::{self, Residue};
 /// How long containerd, and afterwards everything else, may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Restart containerd after it was asked to end.
+pub const TERMINATE: &str = "terminate";
+/// Restart containerd after it was killed.
+pub const KILL: &str = "kill";
+
 /// What the watchdog starts and removes; its only argument, as JSON.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
@@ -38,6 +44,10 @@ pub struct Plan {
     pub dir: PathBuf,
     /// containerd's namespace.
     pub namespace: String,
+    /// Name of the cgroup, in each hierarchy, that those of the containers are in.
+    pub cgroup: String,
+    /// Whether others use the namespace, too, as with all that serve CRI: then only what has one of our ids is ours.
+    pub shared: bool,
     /// The program.
     pub containerd: PathBuf,
     /// Its configuration file.
@@ -53,7 +63,20 @@ pub struct Plan {
 /// Prints containerd's process id when it has been started. Whether it is ready its socket tells.
 pub fn run(plan: &Plan) -> io::Result<Residue> {
     nix::sys::prctl::set_child_subreaper(true)?;
-    let log = fs::File::create(&plan.log)?;
+    let mut pid = start(plan)?;
+    println!("{pid}");
+    // An error is as good an end as any.
+    for line in io::stdin().lines().map_while(Result::ok) {
+        stop_containerd(pid, if line == KILL { Signal::SIGKILL } else { Signal::SIGTERM });
+        pid = start(plan)?;
+        println!("{pid}");
+    }
+    clean_up(plan, pid)
+}
+
+/// Starts containerd, and somebody to take leave of it.
+fn start(plan: &Plan) -> io::Result<Pid> {
+    let log = fs::File::options().create(true).append(true).open(&plan.log)?;
     // A process group of its own: what the terminal sends to the test doesn't end containerd first.
     let containerd = Command::new(&plan.containerd)
         .arg("--config")
@@ -68,24 +91,21 @@ pub fn run(plan: &Plan) -> io::Result<Residue> {
         .stdout(Stdio::null())
         .stderr(log)
         .spawn()?;
-    let pid = Pid::from_raw(containerd.id().try_into().expect("process ids are positive ints"));
-    println!("{pid}");
     thread::spawn(reap);
-    // An error is as good an end as any.
-    let _ = io::stdin().read_to_end(&mut Vec::new());
-    clean_up(plan, pid)
+    Ok(Pid::from_raw(containerd.id().try_into().expect("process ids are positive ints")))
 }
 
 fn clean_up(plan: &Plan, containerd: Pid) -> io::Result<Residue> {
     let sockets = shim_sockets(&plan.dir);
-    stop_containerd(containerd);
-    end_descendants(&plan.namespace);
+    let files = residue::files(plan);
+    stop_containerd(containerd, Signal::SIGTERM);
+    end_descendants(&plan.cgroup);
     unmount_all(plan);
     let deadline = Instant::now() + PATIENCE;
-    for cgroup in residue::cgroups(&plan.namespace) {
+    for cgroup in residue::cgroups(&plan.cgroup) {
         remove_cgroup(&cgroup, deadline);
     }
-    for path in residue::files(&plan.namespace).into_iter().chain(sockets) {
+    for path in residue::files(plan).into_iter().chain(files).chain(sockets) {
         remove(&path);
     }
     // The log is the last thing to go: who waits for the directory's end waits for the whole.
@@ -103,9 +123,9 @@ fn reap() {
 }
 
 /// containerd goes first, or it would still act on the death of the others.
-fn stop_containerd(containerd: Pid) {
+fn stop_containerd(containerd: Pid, signal: Signal) {
     // It may have ended by itself; then there is nobody to signal.
-    let _ = kill(containerd, Signal::SIGTERM);
+    let _ = kill(containerd, signal);
     let deadline = Instant::now() + PATIENCE;
     while kill(containerd, None).is_ok() {
         if Instant::now() > deadline {
@@ -116,11 +136,11 @@ fn stop_containerd(containerd: Pid) {
 }
 
 /// Kills until nobody is left; who is killed may leave children behind, which become ours.
-fn end_descendants(namespace: &str) {
+fn end_descendants(cgroup: &str) {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         // A frozen process doesn't die before it's thawed.
-        for cgroup in residue::cgroups(namespace).iter().flat_map(|cgroup| residue::directories(cgroup)) {
+        for cgroup in residue::cgroups(cgroup).iter().flat_map(|cgroup| residue::directories(cgroup)) {
             for (file, word) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
                 // A hierarchy without a freezer has no such file.
                 let _ = fs::OpenOptions::new()

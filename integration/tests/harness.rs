@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use stillframe_integration::watchdog::Plan;
 use stillframe_integration::{Background, Containerd, RUNC, compare, residue};
 
 #[test]
@@ -106,7 +107,17 @@ fn end_the_victim(signal: Signal) -> Option<i32> {
 fn gone(namespace: &str, dir: &Path) {
     assert!(!dir.exists(), "{}", dir.display());
     assert_eq!(residue::cgroups(namespace), Vec::<std::path::PathBuf>::new());
-    assert_eq!(residue::files(namespace), Vec::<std::path::PathBuf>::new());
+    let plan = Plan {
+        dir: dir.to_owned(),
+        namespace: namespace.to_owned(),
+        cgroup: namespace.to_owned(),
+        shared: false,
+        containerd: Default::default(),
+        config: Default::default(),
+        log: Default::default(),
+        path: String::new(),
+    };
+    assert_eq!(residue::files(&plan), Vec::<std::path::PathBuf>::new());
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(&*dir.to_string_lossy()), "{mounts}");
 }

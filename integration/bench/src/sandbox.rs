@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use stillframe_pgalloc::Direct;
 use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Sandbox};
 use stillframe_runtime::state::STATE_ROOT;
 
@@ -64,13 +63,7 @@ impl Bench {
 
     /// Takes a checkpoint.
     pub fn checkpoint(&self, image: &Path) -> Result<CheckpointResult> {
-        Ok(self.sandbox.checkpoint(&CheckpointRequest {
-            container_id: "c".to_owned(),
-            image_path: image.to_owned(),
-            paths: Vec::new(),
-            direct: Direct::Auto,
-            kill: false,
-        })?)
+        Ok(self.sandbox.checkpoint(&CheckpointRequest::new("c", image))?)
     }
 }
 
