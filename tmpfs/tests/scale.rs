@@ -167,7 +167,7 @@ fn a_save_takes_less_than_64_mib_for_a_tree_of_any_size() {
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}");
     assert!(
-        output.status.success() && text.contains("data 412"),
+        output.status.success() && text.contains("data 415 MB"),
         "{text}{}",
         String::from_utf8_lossy(&output.stderr)
     );
