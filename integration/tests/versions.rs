@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use stillframe_integration::ctr::{self, CtrError};
 use stillframe_integration::{
-    Background, Container, Containerd, ContainerdVersion, Listing, compare, watchdog,
+    Background, Container, Containerd, ContainerdVersion, Listing, RUNC, STILLFRAME, compare, watchdog,
 };
 
 const CHECKPOINT: &str = "stillframe.test/checkpoint:1";
