@@ -12,6 +12,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -41,6 +42,9 @@ pub struct CheckpointRequest {
     pub container_id: String,
     /// The image directory: made if it is missing, else it must be empty.
     pub image_path: PathBuf,
+    /// Directory to keep the pages in, if not in the image, which then holds the trees only and finds the
+    /// pages by their path.
+    pub pages_dir: Option<PathBuf>,
     /// Which filesystems; none is all of the container's.
     pub paths: Vec<Selector>,
     /// Whether the pages file is written past the page cache.
@@ -48,6 +52,20 @@ pub struct CheckpointRequest {
     /// Whether the container's init process is killed (SIGKILL) once the image is committed. It isn't
     /// thawed before: nothing runs between the instant of the image and the end.
     pub kill: bool,
+}
+
+impl CheckpointRequest {
+    /// All filesystems of a container, which runs on, into one directory.
+    pub fn new(container_id: impl Into<String>, image_path: impl Into<PathBuf>) -> Self {
+        Self {
+            container_id: container_id.into(),
+            image_path: image_path.into(),
+            pages_dir: None,
+            paths: Vec::new(),
+            direct: Direct::Auto,
+            kill: false,
+        }
+    }
 }
 
 /// What a checkpoint did.
@@ -187,8 +205,11 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
     let cgroup = init.cgroup.as_ref().ok_or_else(|| CheckpointError::NoCgroup(id.clone()))?;
     let selected = select(dir, &container, &request.paths)?;
     let others = others(dir, id, &selected)?;
-    let image = ImageWriter::create(&request.image_path)?;
-    not_on_itself(&request.image_path, &selected)?;
+    let mut image = ImageWriter::create(&request.image_path)?;
+    let pages_file = image.pages_file(request.pages_dir.as_deref())?;
+    for directory in iter::once(&request.image_path).chain(&request.pages_dir) {
+        not_on_itself(directory, &selected)?;
+    }
     for selected in selected.iter().filter(|selected| selected.record.filestore.is_some()) {
         selected.settle()?;
     }
@@ -198,7 +219,7 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
     let frozen = cgroup.freeze(FREEZE_TIMEOUT)?;
     let others_frozen =
         others.iter().map(|cgroup| cgroup.freeze(FREEZE_TIMEOUT)).collect::<Result<Vec<_>, _>>()?;
-    let saved = save(&container, &selected, &image, request)?;
+    let saved = save(&container, &selected, &image, pages_file, request.direct)?;
     drop(others_frozen);
     // What is to be killed isn't thawed before; whatever fails until then thaws it.
     let (frozen, thawed_after) = if request.kill {
@@ -207,7 +228,7 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
         drop(frozen);
         (None, Some(freezing.elapsed()))
     };
-    let (manifest, pages) = commit(saved, &container, image, request)?;
+    let (manifest, pages) = commit(saved, &container, image)?;
     if request.kill {
         process::kill(init).map_err(|source| CheckpointError::Kill { pid: init.pid, source })?;
     }
@@ -264,14 +285,13 @@ impl Selected {
         &self,
         path: &Path,
         pages: &AsyncPagesFileSave,
-        request: &CheckpointRequest,
+        image: &ImageWriter,
     ) -> Result<(filestore::Frozen, PrivateMemoryFileMeta), CheckpointError> {
         let file = File::open(path).map_err(|source| {
             self.filestore_failed(FilestoreError::File { operation: "open", path: path.to_owned(), source })
         })?;
         let frozen = filestore::freeze(&self.mountpoint).map_err(|source| self.filestore_failed(source))?;
-        let saved =
-            MemoryFile::private(file).save_to(pages).map_err(|source| pages_failed(request, source))?;
+        let saved = MemoryFile::private(file).save_to(pages).map_err(|source| pages_failed(image, source))?;
         Ok((frozen, saved))
     }
 }
@@ -377,11 +397,12 @@ fn save(
     container: &ContainerRecord,
     selected: &[Selected],
     image: &ImageWriter,
-    request: &CheckpointRequest,
+    pages_file: File,
+    direct: Direct,
 ) -> Result<Saved, CheckpointError> {
-    let pages_failed = |source| pages_failed(request, source);
-    let options = SaveOptions { direct: request.direct, ..SaveOptions::default() };
-    let pages = AsyncPagesFileSave::new(image.file(image::PAGES)?, options).map_err(pages_failed)?;
+    let pages_failed = |source| pages_failed(image, source);
+    let options = SaveOptions { direct, ..SaveOptions::default() };
+    let pages = AsyncPagesFileSave::new(pages_file, options).map_err(pages_failed)?;
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
     let mut tree = PartWriter::new(image.file(image::TREE)?);
@@ -398,7 +419,7 @@ fn save(
         let saved = match &record.filestore {
             None => save_tree(&view, &container.ids, &memory, tree),
             Some(path) => {
-                let (guard, meta) = selected.save_filestore(path, &pages, request)?;
+                let (guard, meta) = selected.save_filestore(path, &pages, image)?;
                 frozen.push(guard);
                 let index = u32::try_from(private.len()).expect("a sandbox has fewer filesystems");
                 private.push(PrivateMemoryFileMeta { index, ..meta });
@@ -432,9 +453,8 @@ fn commit(
     saved: Saved,
     container: &ContainerRecord,
     image: ImageWriter,
-    request: &CheckpointRequest,
 ) -> Result<(Manifest, PagesFileSummary), CheckpointError> {
-    let pages = saved.pages.finish().map_err(|source| pages_failed(request, source))?;
+    let pages = saved.pages.finish().map_err(|source| pages_failed(&image, source))?;
     let tree = saved.tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
     let (digests, private) = (pages.digests.clone(), saved.private);
     let meta = PagesMeta { pages_length: pages.length, digests, private };
@@ -447,6 +467,7 @@ fn commit(
         tree,
         meta: Part::of(&meta),
         pages_length: pages.length,
+        pages_path: image.pages_apart(),
         containers: vec![SavedContainer { name: container.name.clone(), named: container.named }],
         filesystems: saved.filesystems,
     };
@@ -454,8 +475,8 @@ fn commit(
     Ok((manifest, pages))
 }
 
-fn pages_failed(request: &CheckpointRequest, source: SaveError) -> CheckpointError {
-    CheckpointError::Pages { path: request.image_path.join(image::PAGES), source }
+fn pages_failed(image: &ImageWriter, source: SaveError) -> CheckpointError {
+    CheckpointError::Pages { path: image.pages_path(), source }
 }
 
 fn options_text(record: &FilesystemRecord) -> String {

@@ -49,6 +49,9 @@ struct Fscheckpoint {
     /// Write pages.img past the page cache: auto does where its filesystem gains by it.
     #[arg(long, value_enum, default_value_t = DirectArgument::Auto)]
     direct: DirectArgument,
+    /// Keep the pages in this directory, and only the trees in the image.
+    #[arg(long, value_name = "DIR")]
+    pages_dir: Option<PathBuf>,
     /// Let the container run on; otherwise it is killed once the image is complete.
     #[arg(long)]
     leave_running: bool,
@@ -144,11 +147,11 @@ fn fscheckpoint(arguments: &Fscheckpoint) -> Result<String, Box<dyn Error>> {
     let sandbox = Sandbox::of_container(&namespace, &id)?;
     let sandbox = sandbox.ok_or_else(|| NoContainer { id: id.clone(), namespace })?;
     let request = CheckpointRequest {
-        container_id: id.clone(),
-        image_path: arguments.image_path.clone(),
+        pages_dir: arguments.pages_dir.clone(),
         paths: arguments.paths.clone(),
         direct: arguments.direct.into(),
         kill: !arguments.leave_running,
+        ..CheckpointRequest::new(&id, &arguments.image_path)
     };
     let result = sandbox.checkpoint(&request)?;
     if arguments.json {

@@ -22,7 +22,7 @@ use stillframe_tmpfs::pax::format_time;
 use stillframe_tmpfs::private::{self, PrivateError};
 use stillframe_tmpfs::{ResourceId, private::translate};
 
-use crate::image::{Image, ImageError, PAGES};
+use crate::image::{Image, ImageError};
 use crate::selector::Selector;
 
 /// Bytes that are read and verified at once: whole chunks.
@@ -318,7 +318,7 @@ struct Pages<'a> {
 
 impl<'a> Pages<'a> {
     fn new(image: &'a Image) -> Self {
-        let path = image.path().join(PAGES);
+        let path = image.pages_path().to_owned();
         Self { file: &image.pages, digests: &image.meta.digests, path, window: Vec::new(), start: 0 }
     }
 

@@ -134,6 +134,7 @@ mod tests {
             name: "c".to_owned(),
             named: false,
             ids: stillframe_tmpfs::Ids::default(),
+            pages_dir: None,
             init: None,
             filesystems: Vec::new(),
         };

@@ -13,6 +13,8 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use tempfile::TempPath;
+
 use stillframe_pgalloc::{CHUNK_SIZE, MetaError, PagesMeta, PrivateMemoryFileMeta, digest_chunks};
 use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::decode::{TreeError, decode_tree};
@@ -134,6 +136,8 @@ pub struct ImageWriter {
     path: PathBuf,
     /// The outermost directory that was made for it; everything from there on is ours.
     made: Option<PathBuf>,
+    /// The pages file, where it is kept apart; removed when this is dropped before it is committed.
+    apart: Option<TempPath>,
     committed: bool,
 }
 
@@ -149,9 +153,31 @@ impl ImageWriter {
             return Err(ImageError::NotEmpty { path, found: found.to_string_lossy().into_owned() });
         }
         // From here on, dropping it removes what was made.
-        let writer = Self { path, made, committed: false };
+        let writer = Self { path, made, apart: None, committed: false };
         fs::create_dir_all(&writer.path).map_err(at("make the image directory", &writer.path))?;
         Ok(writer)
+    }
+
+    /// Makes the pages file: one of the image's, or, where a directory is given, one of its own in there,
+    /// which the manifest has to name.
+    pub fn pages_file(&mut self, apart: Option<&Path>) -> Result<File, ImageError> {
+        let Some(directory) = apart else { return self.file(PAGES) };
+        let directory = std::path::absolute(directory).map_err(at("find", directory))?;
+        fs::create_dir_all(&directory).map_err(at("make the directory for pages", &directory))?;
+        let made = tempfile::Builder::new().prefix("pages-").suffix(".img").tempfile_in(&directory);
+        let (file, path) = made.map_err(at("make a pages file in", &directory))?.into_parts();
+        self.apart = Some(path);
+        Ok(file)
+    }
+
+    /// Where the pages file is.
+    pub fn pages_path(&self) -> PathBuf {
+        self.apart.as_deref().map_or_else(|| self.path.join(PAGES), Path::to_owned)
+    }
+
+    /// Where the pages file is, if it is kept apart.
+    pub fn pages_apart(&self) -> Option<PathBuf> {
+        self.apart.as_deref().map(Path::to_owned)
     }
 
     /// Makes one of the files.
@@ -176,10 +202,17 @@ impl ImageWriter {
 
     /// Makes it an image. All other files must be durable.
     pub fn commit(mut self, manifest: &Manifest) -> Result<(), ImageError> {
+        if let Some(directory) = self.apart.as_deref().and_then(Path::parent) {
+            File::open(directory).and_then(|dir| dir.sync_all()).map_err(at("sync", directory))?;
+        }
         self.write(MANIFEST_NEW, &manifest.encode())?;
         let path = self.path.join(MANIFEST);
         fs::rename(self.path.join(MANIFEST_NEW), &path).map_err(at("commit", &path))?;
         self.committed = true;
+        if let Some(apart) = self.apart.take() {
+            let path = apart.to_path_buf();
+            apart.keep().map_err(|error| at("keep", &path)(error.error))?;
+        }
         let outermost = self.made.as_deref().unwrap_or(&self.path);
         for dir in self.path.ancestors() {
             File::open(dir).and_then(|dir| dir.sync_all()).map_err(at("sync", dir))?;
@@ -269,6 +302,7 @@ pub struct Image {
     pub meta: PagesMeta,
     /// The pages file, of the right length.
     pub pages: File,
+    pages_path: PathBuf,
     tree: Vec<u8>,
 }
 
@@ -296,14 +330,24 @@ impl Image {
                 return Err(ImageError::NoPrivateFile { path: path.join(META), id, index });
             }
         }
-        let pages_path = path.join(PAGES);
+        let pages_path = manifest.pages_path.clone().unwrap_or_else(|| path.join(PAGES));
         if meta.pages_length != manifest.pages_length {
             let (expected, found) = (manifest.pages_length, meta.pages_length);
             return Err(ImageError::Length { path: pages_path, expected, found });
         }
         let pages = open_sized(&pages_path, manifest.pages_length)?;
         let tree = read_part(&path.join(TREE), &manifest.tree)?;
-        Ok(Self { path: path.to_owned(), manifest, meta, pages, tree })
+        let mut image = Self { path: path.to_owned(), manifest, meta, pages, pages_path, tree };
+        // Nobody has carried it along with the rest: whether it is still the one is found out before it is used.
+        if image.manifest.pages_path.is_some() {
+            image.verify_pages()?;
+        }
+        Ok(image)
+    }
+
+    /// The pages file's path.
+    pub fn pages_path(&self) -> &Path {
+        &self.pages_path
     }
 
     /// The directory.
@@ -313,7 +357,7 @@ impl Image {
 
     /// Reads the whole pages file and compares its digests; restoring does this by itself.
     pub fn verify_pages(&mut self) -> Result<(), ImageError> {
-        let path = self.path.join(PAGES);
+        let path = self.pages_path.clone();
         let mut chunk = Vec::new();
         let mut start = 0;
         self.pages.rewind().map_err(at("read", &path))?;

@@ -64,8 +64,8 @@ impl ImageSource {
         let directory = tempfile::Builder::new().prefix("stillframe-image-").tempdir();
         let directory = directory.map_err(fail("unpack"))?;
         unpack(path, directory.path()).map_err(fail("unpack"))?;
-        let missing =
-            [MANIFEST, TREE, META, PAGES].into_iter().find(|name| !directory.path().join(name).exists());
+        let missing = [MANIFEST, TREE, META].into_iter().find(|name| !directory.path().join(name).exists());
+        // The pages may be kept apart; who opens the image knows.
         match missing {
             Some(missing) => Err(ImageSourceError::NoImage { path: path.to_owned(), missing }),
             None => Ok(Self::Unpacked(directory)),

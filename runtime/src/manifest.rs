@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -93,6 +94,9 @@ pub struct Manifest {
     pub meta: Part,
     /// Length of `pages.img` in bytes; its digests are in `pages.meta`.
     pub pages_length: u64,
+    /// Absolute path of the pages file, where it isn't `pages.img` in the image directory but is kept apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages_path: Option<PathBuf>,
     /// The containers whose filesystems are saved.
     pub containers: Vec<SavedContainer>,
     /// The filesystems, in the order of their trees.
@@ -238,6 +242,9 @@ impl Manifest {
                 return Err("a part doesn't have one digest a chunk");
             }
         }
+        if self.pages_path.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return Err("pages_path isn't absolute");
+        }
         let mut at = 0;
         let (mut ids, mut private) = (HashSet::new(), HashSet::new());
         for filesystem in &self.filesystems {
@@ -286,6 +293,7 @@ mod tests {
             tree: Part::of(&[0; 70_000]),
             meta: Part::of(b"x"),
             pages_length: 0,
+            pages_path: None,
             containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
             filesystems: vec![filesystem("/a", 0, 50_000), filesystem("/b", 50_000, 70_000)],
         }

@@ -23,7 +23,7 @@ use stillframe_tmpfs::mount::{DefaultMode, MountError, TmpfsMount, open_root, op
 use stillframe_tmpfs::options::TmpfsOptions;
 use stillframe_tmpfs::private::{self, PrivateError};
 
-use crate::image::{Image, ImageError, PAGES};
+use crate::image::{Image, ImageError};
 use crate::manifest::{Manifest, Offsets, PrivateFormat};
 
 /// Why an image couldn't be restored.
@@ -194,8 +194,8 @@ pub fn restore(
     for (index, target) in pairs.iter().filter(|(_, target)| targets[*target].fresh) {
         jobs.push(prepare(&image, *index, &targets[*target], options)?);
     }
-    let image_path = image.path().to_owned();
-    let load_failed = |source| RestoreError::Load { path: image_path.join(PAGES), source };
+    let (image_path, pages_path) = (image.path().to_owned(), image.pages_path().to_owned());
+    let load_failed = |source| RestoreError::Load { path: pages_path.clone(), source };
     let loader = AsyncPagesFileLoad::new(image.pages, image.meta.digests, LoadOptions::default())
         .map_err(load_failed)?;
     let mut roots = Vec::new();
@@ -375,6 +375,7 @@ mod tests {
             tree: Part::of(b""),
             meta: Part::of(b""),
             pages_length: 0,
+            pages_path: None,
             containers: containers
                 .iter()
                 .map(|(name, named)| SavedContainer { name: (*name).to_owned(), named: *named })

@@ -25,7 +25,7 @@ use crate::plan::{PlanError, PlannedMount, plan};
 use crate::process;
 pub use crate::restore::{RestoreError, RestoreResult};
 use crate::restore::{match_filesystems, restore};
-use crate::spec::{RESTORE_FROM_ANNOTATION, Spec, SpecError};
+use crate::spec::{IMAGE_DIR_ANNOTATION, RESTORE_FROM_ANNOTATION, Spec, SpecError};
 pub use crate::state::StateError;
 use crate::state::{ContainerRecord, Locked, STATE_ROOT, StateDir};
 
@@ -63,6 +63,9 @@ pub enum PrepareError {
     /// The image to restore from can't be had.
     #[error(transparent)]
     Source(ImageSourceError),
+    /// The directory for pages isn't absolute.
+    #[error("annotation {IMAGE_DIR_ANNOTATION} is \"{0}\": give an absolute path")]
+    ImageDir(String),
     /// There is a container of that id.
     #[error("container {0} exists already")]
     Exists(String),
@@ -220,6 +223,9 @@ impl Sandbox {
         let id = &request.container_id;
         let mut spec = Spec::read(&request.bundle)?;
         let plan = plan(&spec, &request.rootfs)?;
+        if let Some(path) = spec.annotation(IMAGE_DIR_ANNOTATION).filter(|path| !path.starts_with('/')) {
+            return Err(PrepareError::ImageDir(path.to_owned()));
+        }
         // An image is judged before anything is mounted.
         let asked = spec.annotation(RESTORE_FROM_ANNOTATION).map(PathBuf::from);
         let source = match request.restore_from.clone().or(asked) {
@@ -242,6 +248,7 @@ impl Sandbox {
             name: name.unwrap_or(id).to_owned(),
             named: name.is_some(),
             ids: spec.ids().clone(),
+            pages_dir: spec.annotation(IMAGE_DIR_ANNOTATION).map(PathBuf::from),
             init: None,
             filesystems: Vec::new(),
         };
@@ -340,6 +347,17 @@ impl Sandbox {
         };
         let locked = self.dir.lock()?.ok_or_else(unknown)?;
         crate::checkpoint::checkpoint(&locked, request)
+    }
+
+    /// The same, but as the container's annotations ask for: for checkpoints that come through containerd,
+    /// whose archive the pages may be kept out of.
+    pub fn checkpoint_as_asked(
+        &self,
+        mut request: CheckpointRequest,
+    ) -> Result<CheckpointResult, CheckpointError> {
+        let container = self.dir.container(&request.container_id)?;
+        request.pages_dir = container.and_then(|container| container.pages_dir);
+        self.checkpoint(&request)
     }
 
     /// After `runc delete`, or when the shim has died: unmounts the container's filesystems and removes

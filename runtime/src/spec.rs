@@ -16,6 +16,8 @@ use stillframe_tmpfs::{IdMap, IdMapping, Ids};
 pub const NAME_ANNOTATION: &str = "dev.stillframe.container-name";
 /// Image to restore the container's filesystems from: an absolute path of a directory or a tar archive of one.
 pub const RESTORE_FROM_ANNOTATION: &str = "dev.stillframe.restore-from";
+/// Directory in which the pages of a checkpoint taken through containerd are kept, apart from its archive.
+pub const IMAGE_DIR_ANNOTATION: &str = "dev.stillframe.image-dir";
 /// Name of the container in its pod, as containerd's CRI writes it.
 pub const CRI_NAME_ANNOTATION: &str = "io.kubernetes.cri.container-name";
 

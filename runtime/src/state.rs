@@ -66,6 +66,9 @@ pub struct ContainerRecord {
     pub named: bool,
     /// Its user namespace's mappings.
     pub ids: Ids,
+    /// Where the pages of its checkpoints are to be kept, if not in the image.
+    #[serde(default)]
+    pub pages_dir: Option<PathBuf>,
     /// Its init process, once runc has created it.
     pub init: Option<InitRecord>,
     /// Names of its filesystems' directories, in the order of the spec.

@@ -54,6 +54,7 @@ fn image_of(filesystems: &[&Tmpfs]) -> tempfile::TempDir {
         tree: tree.finish().unwrap(),
         meta: Part::of(&meta),
         pages_length: summary.length,
+        pages_path: None,
         containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
         filesystems: saved,
     };

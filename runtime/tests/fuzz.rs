@@ -209,6 +209,7 @@ fn manifests() -> Vec<(&'static str, Vec<u8>)> {
         tree: Part::of(&[0; 70_000]),
         meta: Part::of(b"x"),
         pages_length: 4096,
+        pages_path: None,
         containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
         filesystems,
     };

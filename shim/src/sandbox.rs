@@ -61,14 +61,8 @@ impl Filesystems {
     /// it was.
     pub async fn checkpoint(&self, image_path: PathBuf, kill: bool) -> Result<(), TaskError> {
         let container_id = self.container_id.clone();
-        let request = CheckpointRequest {
-            container_id,
-            image_path,
-            paths: Vec::new(),
-            direct: Default::default(),
-            kill,
-        };
-        let result = self.call("checkpointing", move |sandbox| sandbox.checkpoint(&request)).await?;
+        let request = CheckpointRequest { kill, ..CheckpointRequest::new(container_id, image_path) };
+        let result = self.call("checkpointing", move |sandbox| sandbox.checkpoint_as_asked(request)).await?;
         tracing::info!(container = self.container_id, ?result, "checkpointed");
         Ok(())
     }

@@ -7,7 +7,6 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use stillframe_pgalloc::Direct;
 use stillframe_runtime::cli::chain;
 use stillframe_runtime::config::Config;
 use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Prepared, Sandbox};
@@ -102,11 +101,8 @@ impl Pod {
 
     pub fn checkpoint(&self, id: &str, image: &Path, paths: &[&str]) -> Result<CheckpointResult, String> {
         let request = CheckpointRequest {
-            container_id: id.to_owned(),
-            image_path: image.to_owned(),
             paths: paths.iter().map(|path| path.parse().unwrap()).collect(),
-            direct: Direct::Auto,
-            kill: false,
+            ..CheckpointRequest::new(id, image)
         };
         self.sandbox.checkpoint(&request).map_err(|error| chain(&error))
     }
