@@ -16,6 +16,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::checkpoint::CheckpointRequest;
+use crate::doctor::Finding;
 use crate::image::Image;
 use crate::sandbox::{CheckpointResult, Sandbox};
 use crate::selector::{ALL, Selector};
@@ -32,6 +33,8 @@ struct Arguments {
 enum Command {
     /// Save the tmpfs filesystems of a running container.
     Fscheckpoint(Fscheckpoint),
+    /// Look whether this node has what Stillframe needs, and say what won't work without it.
+    Doctor,
     /// Verify an image and show what is in it.
     Inspect(Inspect),
     /// Write a filesystem of an image as a tar archive, which `tar --xattrs --xattrs-include='*' --acls -xpf` restores.
@@ -100,6 +103,7 @@ pub fn main() -> ExitCode {
         .init();
     let done = match Arguments::parse().command {
         Command::Fscheckpoint(arguments) => fscheckpoint(&arguments),
+        Command::Doctor => doctor(),
         Command::Inspect(arguments) => inspect(&arguments),
         Command::Export(arguments) => export::run(&arguments).map(|()| String::new()),
     };
@@ -179,6 +183,24 @@ fn describe(result: &CheckpointResult) -> String {
         result.frozen_ms,
         result.total_ms,
     )
+}
+
+/// The node lacks something without which nothing works.
+#[derive(Debug, thiserror::Error)]
+#[error("this node can't run Stillframe: see what FAILS")]
+struct Unfit;
+
+fn doctor() -> Result<String, Box<dyn Error>> {
+    let findings = crate::doctor::examine();
+    let mut text = String::new();
+    for (name, finding) in &findings {
+        writeln!(text, "{name:<20} {finding}")?;
+    }
+    if findings.iter().any(|(_, finding)| matches!(finding, Finding::Fatal { .. })) {
+        print!("{text}");
+        return Err(Unfit.into());
+    }
+    Ok(text)
 }
 
 fn inspect(arguments: &Inspect) -> Result<String, Box<dyn Error>> {
