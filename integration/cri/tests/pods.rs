@@ -1,0 +1,148 @@
+//! Pods under the runtime handler `stillframe`, as kubelet runs them, on every containerd.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use stillframe_cri::api::LinuxContainerResources;
+use stillframe_cri::{Cri, MemoryVolume, State};
+use stillframe_integration::{ContainerdVersion, watchdog};
+
+stillframe_integration::with_every_containerd!(
+    a_pod_of_two_containers_has_one_shim,
+    the_killed_shim_of_a_pod_is_cleaned_up_after,
+    containerd_restarts_beside_a_live_pod,
+    twenty_pods_leave_nothing,
+);
+
+#[track_caller]
+fn nothing_left(cri: &Cri) {
+    let residue = cri.containerd().settled_residue();
+    assert!(residue.is_empty(), "left behind:\n{residue}");
+}
+
+fn a_pod_of_two_containers_has_one_shim(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let pod = cri.pod("pod").run().unwrap();
+    let speaks = "echo out; echo err >&2; trap 'exit 9' TERM; while :; do usleep 9000; done";
+    let first = pod.container("first").command(&["sh", "-c", speaks]).start().unwrap();
+    let second = pod.container("second").start().unwrap();
+    let shims = cri.containerd().shims();
+    assert_eq!(shims.len(), 1, "{shims:?}");
+    assert!(shims[0].exe.ends_with("containerd-shim-stillframe-v1"), "{shims:?}");
+
+    let said = first.exec(&["sh", "-c", "echo a; echo b >&2; exit 3"]).unwrap();
+    assert_eq!((said.code, said.stdout.as_str(), said.stderr.as_str()), (3, "a\n", "b\n"));
+    let error = first.exec(&["no-such-command"]).unwrap_err().to_string();
+    assert!(error.contains("no-such-command"), "{error}");
+    // One IPC namespace and one /dev/shm; process ids of their own.
+    first.shell("echo shared > /dev/shm/file");
+    assert_eq!(second.shell("cat /dev/shm/file"), "shared\n");
+    assert_eq!(first.shell("readlink /proc/self/ns/ipc"), second.shell("readlink /proc/self/ns/ipc"));
+    assert_ne!(first.shell("readlink /proc/self/ns/pid"), second.shell("readlink /proc/self/ns/pid"));
+    let log = first.log();
+    for line in [" stdout F out", " stderr F err"] {
+        assert!(log.lines().any(|one| one.ends_with(line)), "no {line:?} in {log:?}");
+    }
+    second.shell("head -c 3000000 /dev/zero > /dev/shm/charged");
+    let stats = second.stats().unwrap();
+    let memory = stats.memory.unwrap().working_set_bytes.unwrap().value;
+    assert!(memory > 2_000_000, "{memory}");
+    assert!(stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value > 0);
+    second.update(LinuxContainerResources { memory_limit_in_bytes: 50 << 20, ..Default::default() }).unwrap();
+
+    // Each ends by itself, with its own exit code, and the other one runs on.
+    first.stop(20).unwrap();
+    assert_eq!(first.await_state(State::ContainerExited).unwrap().exit_code, 9);
+    assert_eq!(second.status().unwrap().state(), State::ContainerRunning);
+    let short = pod.container("short").command(&["sh", "-c", "exit 5"]).start().unwrap();
+    let status = short.await_state(State::ContainerExited).unwrap();
+    assert_eq!((status.exit_code, status.reason.as_str()), (5, "Error"));
+    // containerd notes the start after it has been told of it, so the end may come before it.
+    assert!(status.finished_at >= status.created_at && status.started_at > 0, "{status:?}");
+    short.remove().unwrap();
+    first.remove().unwrap();
+    assert!(pod.is_ready().unwrap());
+    // Its first process is killed from outside.
+    second.exec(&["kill", "-9", "1"]).unwrap();
+    second.stop(0).unwrap();
+    assert_eq!(second.await_state(State::ContainerExited).unwrap().exit_code, 137);
+    pod.remove().unwrap();
+    nothing_left(&cri);
+    cri.stop().unwrap();
+}
+
+fn the_killed_shim_of_a_pod_is_cleaned_up_after(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let spec = cri.pod("pod");
+    let volume = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(8 << 20)).unwrap();
+    let pod = spec.run().unwrap();
+    let start = |name| pod.container(name).mount(volume.path(), "/cache").start().unwrap();
+    let (first, second) = (start("first"), start("second"));
+    first.shell("echo kept > /cache/file");
+    let shims = cri.containerd().shims();
+    assert_eq!(shims.len(), 1, "{shims:?}");
+    kill(Pid::from_raw(shims[0].pid), Signal::SIGKILL).unwrap();
+    for container in [&first, &second] {
+        container.await_state(State::ContainerExited).unwrap();
+    }
+    // What kubelet does then: the volume is the pod's, and stays.
+    pod.stop().unwrap();
+    pod.remove().unwrap();
+    assert_eq!(volume.names(), ["file"]);
+    drop(volume);
+    nothing_left(&cri);
+    let pod = cri.pod("next").run().unwrap();
+    pod.container("first").start().unwrap().shell("true");
+    pod.remove().unwrap();
+    nothing_left(&cri);
+}
+
+fn containerd_restarts_beside_a_live_pod(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let pod = cri.pod("pod").run().unwrap();
+    let first = pod.container("first").start().unwrap();
+    first.shell("echo before > /dev/shm/file");
+    for how in [watchdog::TERMINATE, watchdog::KILL] {
+        cri.containerd().restart(how).unwrap();
+        cri.await_ready().unwrap();
+        assert!(pod.is_ready().unwrap(), "{how}");
+        assert_eq!(first.status().unwrap().state(), State::ContainerRunning, "{how}");
+        assert_eq!(first.shell("cat /dev/shm/file"), "before\n");
+    }
+    // The shim takes another container, and there is still one.
+    let second = pod.container("second").start().unwrap();
+    assert_eq!(second.shell("cat /dev/shm/file"), "before\n");
+    assert_eq!(cri.containerd().shims().len(), 1);
+    pod.remove().unwrap();
+    nothing_left(&cri);
+}
+
+fn twenty_pods_leave_nothing(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let namespace = cri.containerd().namespace();
+    for round in 0..20 {
+        let spec = cri.pod("pod");
+        let volume = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(8 << 20)).unwrap();
+        let pod = spec.run().unwrap();
+        let container = pod.container("only").mount(volume.path(), "/cache").start().unwrap();
+        container.shell("echo text > /cache/file");
+        if round % 4 == 0 {
+            let image = cri.containerd().dir().join(format!("image-{round}"));
+            let image = image.display().to_string();
+            let words = ["fscheckpoint", "--namespace", namespace, "--leave-running", "--image-path", &image];
+            cri.containerd().stillframe(&[&words[..], &[container.id()]].concat()).unwrap();
+        }
+        // In each order that kubelet might have it, and one that it hasn't.
+        match round % 3 {
+            0 => {
+                container.stop(0).unwrap();
+                container.remove().unwrap();
+            }
+            1 => container.stop(0).unwrap(),
+            _ => {}
+        }
+        pod.remove().unwrap();
+        drop(volume);
+    }
+    nothing_left(&cri);
+    cri.stop().unwrap();
+}
