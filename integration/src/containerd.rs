@@ -271,7 +271,7 @@ fn plan(version: &ContainerdVersion, services: Services, dir: &Path, name: &str)
         let path = dir.join(name);
         fs::create_dir(&path).map_err(at(&path))?;
     }
-    write("bin/criu", include_str!("criu-version.sh"), 0o755)?;
+    write("bin/criu", include_str!("criu-version.bash"), 0o755)?;
     let containerd = version.containerd.canonicalize().map_err(at(&version.containerd))?;
     let system = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let inherited = std::env::var("PATH").unwrap_or_default();

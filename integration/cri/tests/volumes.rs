@@ -1,0 +1,169 @@
+//! The memory-backed volumes of a pod are saved once and come back in a new pod, on every containerd.
+
+use std::path::{Path, PathBuf};
+
+use stillframe_cri::{Cri, MemoryVolume, Pod, PodContainer, PodSpec};
+use stillframe_integration::ctr::CtrError;
+use stillframe_integration::{ContainerdVersion, Listing, compare};
+
+stillframe_integration::with_every_containerd!(
+    volumes_come_back_in_a_new_pod,
+    a_volume_on_disk_and_the_hosts_shared_memory_are_left_alone,
+    what_cannot_be_restored_fails_with_the_reason,
+);
+
+const RESTORE_FROM: &str = "dev.stillframe.restore-from";
+
+#[track_caller]
+fn nothing_left(cri: &Cri) {
+    let residue = cri.containerd().settled_residue();
+    assert!(residue.is_empty(), "left behind:\n{residue}");
+}
+
+#[track_caller]
+fn same(what: &str, before: &Listing, after: &Listing) {
+    let differences: Vec<_> = compare(before, after).iter().map(ToString::to_string).collect();
+    assert!(differences.is_empty(), "{what}:\n{}", differences.join("\n"));
+}
+
+fn volume(cri: &Cri, spec: &PodSpec<'_>, size: u64) -> MemoryVolume {
+    MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(size)).unwrap()
+}
+
+/// Two containers with the same volume at different places.
+fn two<'a>(pod: &Pod<'a>, volume: &MemoryVolume) -> (PodContainer<'a>, PodContainer<'a>) {
+    let web = pod.container("web").capability("SYS_ADMIN").mount(volume.path(), "/cache").start().unwrap();
+    let db = pod.container("db").capability("SYS_ADMIN").mount(volume.path(), "/elsewhere").start().unwrap();
+    (web, db)
+}
+
+/// `stillframe fscheckpoint` of a container, and what is in the image.
+fn save(cri: &Cri, container: &PodContainer<'_>, dir: &Path) -> Result<String, CtrError> {
+    let containerd = cri.containerd();
+    let path = dir.display().to_string();
+    let words = ["fscheckpoint", "--namespace", containerd.namespace(), "--leave-running", "--image-path"];
+    containerd.stillframe(&[&words[..], &[&path, container.id()]].concat())?;
+    Ok(containerd.stillframe(&["inspect", "--list", &path])?.stdout)
+}
+
+/// The ids of the filesystems that `stillframe inspect` shows.
+fn filesystems(inspected: &str) -> Vec<&str> {
+    inspected.lines().filter_map(|line| line.strip_prefix("filesystem")).map(str::trim).collect()
+}
+
+fn restored<'a>(cri: &'a Cri, from: &Path) -> PodSpec<'a> {
+    cri.pod("new").annotation(RESTORE_FROM, &from.display().to_string())
+}
+
+fn volumes_come_back_in_a_new_pod(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let spec = cri.pod("old");
+    let old = volume(&cri, &spec, 64 << 20);
+    let pod = spec.run().unwrap();
+    let (web, db) = two(&pod, &old);
+    let fill = ["probe", "fill", "/cache", "--seed", "21", "--big", "5000000", "--beyond-path-max"];
+    assert_eq!(web.exec(&fill).unwrap().code, 0);
+    db.shell("head -c 300000 /dev/urandom > /dev/shm/segment; chmod 600 /dev/shm/segment");
+    let (cache, shm) = (web.list("/cache"), db.list("/dev/shm"));
+    same("the other container's view", &cache, &db.list("/elsewhere"));
+
+    let image = cri.containerd().dir().join("image");
+    let inspected = save(&cri, &web, &image).unwrap();
+    assert_eq!(filesystems(&inspected), [":/cache", ":/dev/shm"], "{inspected}");
+    // Saved as the other container, it is the same.
+    let again = save(&cri, &db, &cri.containerd().dir().join("again")).unwrap();
+    assert_eq!(filesystems(&again), filesystems(&inspected));
+    same("after the checkpoint", &cache, &web.list("/cache"));
+    pod.remove().unwrap();
+    drop(old);
+    nothing_left(&cri);
+
+    // Another pod, with more room: all containers have it, and the room is the new one's.
+    let spec = restored(&cri, &image);
+    let new = volume(&cri, &spec, 96 << 20);
+    let pod = spec.run().unwrap();
+    let (web, db) = two(&pod, &new);
+    same("/cache restored", &cache, &web.list("/cache"));
+    same("/elsewhere restored", &cache, &db.list("/elsewhere"));
+    same("/dev/shm restored", &shm, &web.list("/dev/shm"));
+    same("/dev/shm restored, in the other container", &shm, &db.list("/dev/shm"));
+    assert_eq!(web.shell("df -m /cache | awk 'END {print $2}'"), "96\n");
+    // What happens afterwards isn't undone by a container that comes later, or comes back.
+    web.shell("rm -r /cache/*; echo newer > /cache/file; echo newer > /dev/shm/segment");
+    db.stop(0).unwrap();
+    db.remove().unwrap();
+    let db = pod.container("db").mount(new.path(), "/elsewhere").start().unwrap();
+    assert_eq!(db.shell("cat /elsewhere/file /dev/shm/segment"), "newer\nnewer\n");
+    pod.remove().unwrap();
+    drop(new);
+    nothing_left(&cri);
+    cri.stop().unwrap();
+}
+
+fn a_volume_on_disk_and_the_hosts_shared_memory_are_left_alone(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let spec = cri.pod("pod").namespaces(|namespaces| namespaces.ipc = 2);
+    let disk = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "disk", None).unwrap();
+    let pod = spec.run().unwrap();
+    let container = pod.container("only").mount(disk.path(), "/disk").start().unwrap();
+    container.shell("echo text > /disk/file; grep -q ' /dev/shm ' /proc/mounts");
+    // Nothing of it is ours, and who asks for it is told.
+    let error = save(&cri, &container, &cri.containerd().dir().join("image")).unwrap_err();
+    assert!(error.stderr.contains("there are: none at all"), "{error}");
+    pod.remove().unwrap();
+    assert_eq!(disk.names(), ["file"]);
+    nothing_left(&cri);
+}
+
+fn what_cannot_be_restored_fails_with_the_reason(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let spec = cri.pod("old");
+    let old = volume(&cri, &spec, 8 << 20);
+    let pod = spec.run().unwrap();
+    let (web, _) = two(&pod, &old);
+    web.shell("head -c 3000000 /dev/urandom > /cache/file");
+    let image = cri.containerd().dir().join("image");
+    save(&cri, &web, &image).unwrap();
+    pod.remove().unwrap();
+    drop(old);
+
+    // An image that isn't there, and one that is damaged, are found when the pod's sandbox is made.
+    let damaged = copied(&cri, &image);
+    let pages = std::fs::File::options().write(true).open(damaged.join("pages.img")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&pages, b"damaged", 1_000_000).unwrap();
+    let missing = cri.containerd().dir().join("no-such-image");
+    // Too little room is found when the volume is first mounted.
+    for (from, size, word) in
+        [(&missing, 8 << 20, "no-such-image"), (&damaged, 8 << 20, "pages.img"), (&image, 1 << 20, "1048576")]
+    {
+        let spec = restored(&cri, from);
+        let new = volume(&cri, &spec, size);
+        let mut pods = Vec::new();
+        let error = match spec.run() {
+            Err(error) => error.to_string(),
+            Ok(pod) => {
+                let started = pod.container("web").mount(new.path(), "/cache").start();
+                pods.push(pod);
+                started.map(|container| container.id().to_owned()).unwrap_err().to_string()
+            }
+        };
+        assert!(error.contains(word), "no {word:?} in {error}");
+        assert_eq!(new.names(), Vec::<&str>::new(), "{word}");
+        for pod in pods {
+            pod.remove().unwrap();
+        }
+    }
+    // containerd keeps the record of a sandbox that couldn't be started, as kubelet expects; only what was ours counts.
+    let residue = cri.containerd().settled_residue();
+    assert!(residue.is_empty(), "left behind:\n{residue}");
+}
+
+fn copied(cri: &Cri, image: &Path) -> PathBuf {
+    let copy = cri.containerd().dir().join("damaged");
+    std::fs::create_dir(&copy).unwrap();
+    for entry in std::fs::read_dir(image).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
+    copy
+}
