@@ -96,16 +96,21 @@ impl Containerd {
         tar::Archive::new(file).unpack(into).map_err(io_error(into))
     }
 
-    /// The index of an image, as text and parsed.
+    /// The index (or manifest) of an image, as text and parsed.
     pub fn checkpoint_index(&self, name: &str) -> Result<(String, serde_json::Value), LookError> {
-        let images = self.ctr().run(&["images", "list"])?.stdout;
-        let line = images.lines().find(|line| line.split_whitespace().next() == Some(name));
-        let digest = line.and_then(|line| line.split_whitespace().find(|word| word.starts_with("sha256:")));
-        let missing = || LookError::Missing { name: name.to_owned(), part: "digest", index: images.clone() };
-        let index = self.ctr().run(&["content", "get", digest.ok_or_else(missing)?])?.stdout;
+        let index = self.ctr().run(&["content", "get", &self.image_digest(name)?])?.stdout;
         let parsed = serde_json::from_str(&index)
             .map_err(|source| LookError::Json { what: format!("the index of {name}"), source })?;
         Ok((index, parsed))
+    }
+
+    /// The digest of an image's index or manifest.
+    pub fn image_digest(&self, name: &str) -> Result<String, LookError> {
+        let images = self.ctr().run(&["images", "list"])?.stdout;
+        let line = images.lines().find(|line| line.split_whitespace().next() == Some(name));
+        let digest = line.and_then(|line| line.split_whitespace().find(|word| word.starts_with("sha256:")));
+        let digest = digest.map(str::to_owned);
+        digest.ok_or_else(|| LookError::Missing { name: name.to_owned(), part: "digest", index: images })
     }
 
     /// Where the content store keeps a blob. It is ours; `ctr content get` would go through memory.

@@ -4,14 +4,14 @@
 
 use std::path::Path;
 
-use crate::image;
+use crate::{binaries, image};
 
 /// What of containerd runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Services {
     /// What `ctr` needs.
     Tasks,
-    /// The kubelet's interface besides, with Stillframe as the runtime handler `stillframe`.
+    /// The kubelet's interface besides, with Stillframe as the runtime handlers `stillframe` and `stillframe-as-runc`.
     Cri,
 }
 
@@ -61,9 +61,12 @@ disabled_plugins = [{disabled}]
     }
 }
 
-/// The runtime handler. `plugin` is the table that handlers are in.
-fn handler(plugin: &str) -> String {
+/// The runtime handlers: Stillframe under its own name, and under that of runc's shim, for which containerd does more.
+/// `plugin` is the table that handlers are in.
+fn handlers(plugin: &str) -> String {
     let (runc, stillframe) = (crate::RUNC, crate::STILLFRAME);
+    let shim = binaries::program("containerd-shim-stillframe-v1");
+    let shim = shim.display();
     format!(
         r#"
 [{plugin}.containerd]
@@ -74,6 +77,12 @@ fn handler(plugin: &str) -> String {
 
 [{plugin}.containerd.runtimes.stillframe]
   runtime_type = "{stillframe}"
+  pod_annotations = ["dev.stillframe.*"]
+  container_annotations = ["dev.stillframe.*"]
+
+[{plugin}.containerd.runtimes.stillframe-as-runc]
+  runtime_type = "{runc}"
+  runtime_path = "{shim}"
   pod_annotations = ["dev.stillframe.*"]
   container_annotations = ["dev.stillframe.*"]
 "#
@@ -88,7 +97,7 @@ const RESTRICTED: &str = r#"
 
 fn cri_2(dir: &str) -> String {
     let plugin = r#"plugins."io.containerd.grpc.v1.cri""#;
-    let (handler, pause) = (handler(plugin), image::PAUSE);
+    let (handlers, pause) = (handlers(plugin), image::PAUSE);
     format!(
         r#"[plugins."io.containerd.nri.v1.nri"]
   disable = true
@@ -101,14 +110,14 @@ fn cri_2(dir: &str) -> String {
 [{plugin}.cni]
   bin_dir = "{dir}/cni"
   conf_dir = "{dir}/cni"
-{handler}"#
+{handlers}"#
     )
 }
 
 fn cri_3(dir: &str) -> String {
     let (runtime, images) =
         (r#"plugins."io.containerd.cri.v1.runtime""#, r#"plugins."io.containerd.cri.v1.images""#);
-    let (handler, pause) = (handler(runtime), image::PAUSE);
+    let (handlers, pause) = (handlers(runtime), image::PAUSE);
     format!(
         r#"[plugins."io.containerd.nri.v1.nri"]
   disable = true
@@ -125,6 +134,6 @@ fn cri_3(dir: &str) -> String {
 [{runtime}.cni]
   bin_dirs = ["{dir}/cni"]
   conf_dir = "{dir}/cni"
-{handler}"#
+{handlers}"#
     )
 }

@@ -13,7 +13,7 @@ use tonic::{Response, Status};
 
 use crate::api::image_service_client::ImageServiceClient;
 use crate::api::runtime_service_client::RuntimeServiceClient;
-use crate::api::{ImageSpec, ImageStatusRequest, StatusRequest, VersionRequest};
+use crate::api::{ImageSpec, ImageStatusRequest, PullImageRequest, StatusRequest, VersionRequest};
 use crate::pod::PodSpec;
 
 /// How long one call may take.
@@ -161,6 +161,15 @@ impl Cri {
             }
             thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Pulls an image.
+    pub fn pull(&self, name: &str) -> Result<(), CriError> {
+        let image = ImageSpec { image: name.to_owned(), ..Default::default() };
+        let request = PullImageRequest { image: Some(image), ..Default::default() };
+        let mut service = ImageServiceClient::new(self.channel.clone());
+        self.answer("PullImage", service.pull_image(request))?;
+        Ok(())
     }
 
     /// Ends containerd and everything of it. An error is what couldn't be removed.

@@ -14,7 +14,9 @@ use crate::client::{Cri, CriError};
 pub use crate::api::ContainerState as State;
 
 /// The runtime handler with Stillframe.
-const HANDLER: &str = "stillframe";
+pub const HANDLER: &str = "stillframe";
+/// The runtime handler with Stillframe under the name of runc's shim.
+pub const AS_RUNC: &str = "stillframe-as-runc";
 
 /// A pod about to be run.
 #[derive(Debug, Clone)]

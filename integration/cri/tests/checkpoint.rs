@@ -6,10 +6,14 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::Path;
 
-use stillframe_cri::{Cri, CriError, MemoryVolume, State};
-use stillframe_integration::{ContainerdVersion, Listing, compare};
+use stillframe_cri::pod::{AS_RUNC, HANDLER};
+use stillframe_cri::{Cri, CriError, MemoryVolume, Registry, State};
+use stillframe_integration::{ContainerdVersion, Listing, compare, image, skip};
 
-stillframe_integration::with_every_containerd!(an_archive_brings_a_pods_volumes_back);
+stillframe_integration::with_every_containerd!(
+    an_archive_brings_a_pods_volumes_back,
+    so_it_does_under_the_name_of_runcs_shim,
+);
 
 #[track_caller]
 fn same(what: &str, before: &Listing, after: &Listing) {
@@ -31,12 +35,30 @@ fn names(archive: &Path) -> BTreeSet<String> {
 }
 
 fn an_archive_brings_a_pods_volumes_back(version: &ContainerdVersion) {
+    saved_and_brought_back(version, HANDLER);
+}
+
+/// `runtime_type` is runc's, and `runtime_path` ours.
+fn so_it_does_under_the_name_of_runcs_shim(version: &ContainerdVersion) {
+    saved_and_brought_back(version, AS_RUNC);
+}
+
+fn saved_and_brought_back(version: &ContainerdVersion, handler: &str) {
     let cri = Cri::start(version).unwrap();
     let archive = cri.containerd().dir().join("checkpoint.tar");
-    let spec = cri.pod("old");
+    let spec = cri.pod("old").handler(handler);
     let old = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(64 << 20)).unwrap();
     let pod = spec.run().unwrap();
     let web = pod.container("web").capability("SYS_ADMIN").mount(old.path(), "/cache").start().unwrap();
+    let shims = cri.containerd().shims();
+    assert_eq!(shims.len(), 1, "{shims:?}");
+    if handler == AS_RUNC && version.numbers() < (1, 7) {
+        // It has no runtime_path, and doesn't say so.
+        assert!(shims[0].exe.ends_with("containerd-shim-runc-v2"), "{shims:?}");
+        pod.remove().unwrap();
+        return;
+    }
+    assert!(shims[0].exe.ends_with("containerd-shim-stillframe-v1"), "{shims:?}");
     if version.numbers() < (2, 0) {
         match web.checkpoint(&archive).unwrap_err() {
             CriError::Call { status, .. } => assert_eq!(status.code(), tonic::Code::Unimplemented),
@@ -65,7 +87,10 @@ fn an_archive_brings_a_pods_volumes_back(version: &ContainerdVersion) {
     drop(old);
     nothing_left(&cri);
 
-    let spec = cri.pod("new").annotation("dev.stillframe.restore-from", &archive.display().to_string());
+    let spec = cri
+        .pod("new")
+        .handler(handler)
+        .annotation("dev.stillframe.restore-from", &archive.display().to_string());
     let new = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(64 << 20)).unwrap();
     let pod = spec.run().unwrap();
     let web = pod.container("web").capability("SYS_ADMIN").mount(new.path(), "/cache").start().unwrap();
@@ -77,11 +102,55 @@ fn an_archive_brings_a_pods_volumes_back(version: &ContainerdVersion) {
     drop(new);
 
     // A container without any memory of the pod's can be saved, too: kubelet can't know.
-    let pod = cri.pod("bare").namespaces(|namespaces| namespaces.ipc = 2).run().unwrap();
+    let pod = cri.pod("bare").handler(handler).namespaces(|namespaces| namespaces.ipc = 2).run().unwrap();
     let bare = pod.container("bare").start().unwrap();
     bare.checkpoint(&cri.containerd().dir().join("bare.tar")).unwrap();
     bare.shell("true");
     pod.remove().unwrap();
     nothing_left(&cri);
+    cri.stop().unwrap();
+}
+
+/// containerd 2.1 and 2.2 make a container of an archive when that is given as its image. Later ones don't, or not unless told
+/// to, which is why there is the annotation.
+#[test]
+fn a_container_is_created_from_an_archive() {
+    const TEST: &str = "a_container_is_created_from_an_archive";
+    let Some(version) = ContainerdVersion::or_skip("2", TEST) else { return };
+    if version.numbers() != (2, 1) {
+        skip::skipped(TEST, &format!("containerd {:?} doesn't do it unless told to", version.numbers()));
+        return;
+    }
+    let cri = Cri::start(&version).unwrap();
+    // containerd wants to pull the base image again, by its digest.
+    let registry = Registry::start(cri.containerd(), image::NAME).unwrap();
+    cri.pull(&registry.name()).unwrap();
+    for handler in [HANDLER, AS_RUNC] {
+        let archive = cri.containerd().dir().join(format!("{handler}.tar"));
+        let spec = cri.pod("old").handler(handler);
+        let old = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(64 << 20)).unwrap();
+        let pod = spec.run().unwrap();
+        let web = pod.container("web").image(&registry.name()).capability("SYS_ADMIN");
+        let web = web.mount(old.path(), "/cache").start().unwrap();
+        assert_eq!(web.exec(&["probe", "fill", "/cache", "--seed", "32"]).unwrap().code, 0);
+        web.shell("echo layer > /layer");
+        let cache = web.list("/cache");
+        web.checkpoint(&archive).unwrap();
+        pod.remove().unwrap();
+        drop(old);
+
+        let spec = cri.pod("new").handler(handler);
+        let new = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(64 << 20)).unwrap();
+        let pod = spec.run().unwrap();
+        let web = pod.container("web").image(&archive.display().to_string()).capability("SYS_ADMIN");
+        let web = web.mount(new.path(), "/cache").start().unwrap();
+        same("/cache restored", &cache, &web.list("/cache"));
+        assert_eq!(web.shell("cat /layer"), "layer\n");
+        web.stop(0).unwrap();
+        assert_eq!(web.await_state(State::ContainerExited).unwrap().exit_code, 137);
+        pod.remove().unwrap();
+        drop(new);
+        nothing_left(&cri);
+    }
     cri.stop().unwrap();
 }
