@@ -25,8 +25,9 @@ use stillframe_pgalloc::{
 use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::filestore::{self, FilestoreError};
 use stillframe_tmpfs::mount::{MountError, open_view};
-use stillframe_tmpfs::save::{SaveTreeError, save_private_tree, save_tree};
+use stillframe_tmpfs::save::{SaveTreeError, save_copied_tree, save_private_tree, save_tree};
 
+use crate::ahead::Ahead;
 use crate::freezer::{Cgroup, FREEZE_TIMEOUT, FreezeError};
 use crate::image::{self, ImageError, ImageWriter, PartWriter};
 use crate::manifest::{Manifest, Offsets, Part, PrivateFormat, SavedContainer, SavedFilesystem};
@@ -49,6 +50,9 @@ pub struct CheckpointRequest {
     pub paths: Vec<Selector>,
     /// Whether the pages file is written past the page cache.
     pub direct: Direct,
+    /// Whether files are copied before the freeze, so that it is short; where changes can't be watched, or the
+    /// container is frozen already, they aren't.
+    pub precopy: bool,
     /// Whether the container's init process is killed (SIGKILL) once the image is committed. It isn't
     /// thawed before: nothing runs between the instant of the image and the end.
     pub kill: bool,
@@ -63,6 +67,7 @@ impl CheckpointRequest {
             pages_dir: None,
             paths: Vec::new(),
             direct: Direct::Auto,
+            precopy: true,
             kill: false,
         }
     }
@@ -85,6 +90,10 @@ pub struct CheckpointResult {
     pub pages_bytes: u64,
     /// Bytes that were read, found to be zero, and left out.
     pub zero_bytes: u64,
+    /// Bytes that were copied before the freeze and hadn't changed since.
+    pub copied_ahead_bytes: u64,
+    /// Bytes that were copied before the freeze in vain: they are in the pages file, and nothing refers to them.
+    pub superseded_bytes: u64,
     /// Files that were open but had no name: they aren't in the image.
     pub unlinked: Unlinked,
     /// How long the container was needed frozen, in milliseconds. If it was frozen before (paused), it
@@ -214,12 +223,23 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
         selected.settle()?;
     }
     let unlinked = count_unlinked(cgroup, &selected);
+    let views = open_views(&selected)?;
+    let options = SaveOptions { direct: request.direct, ..SaveOptions::default() };
+    let pages =
+        AsyncPagesFileSave::new(pages_file, options).map_err(|source| pages_failed(&image, source))?;
+    let mut ahead = if request.precopy && !cgroup.is_frozen()? {
+        copy_ahead(&selected, &views, &pages, &image)?
+    } else {
+        selected.iter().map(|_| None).collect()
+    };
 
     let freezing = Instant::now();
     let frozen = cgroup.freeze(FREEZE_TIMEOUT)?;
     let others_frozen =
         others.iter().map(|cgroup| cgroup.freeze(FREEZE_TIMEOUT)).collect::<Result<Vec<_>, _>>()?;
-    let saved = save(&container, &selected, &image, pages_file, request.direct)?;
+    let processes: Vec<i32> = iter::once(cgroup).chain(&others).flat_map(Cgroup::processes).collect();
+    ahead.iter_mut().flatten().for_each(|ahead| ahead.settle(&processes));
+    let saved = save(&container, &selected, &views, &ahead, &image, pages)?;
     drop(others_frozen);
     // What is to be killed isn't thawed before; whatever fails until then thaws it.
     let (frozen, thawed_after) = if request.kill {
@@ -228,6 +248,7 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
         drop(frozen);
         (None, Some(freezing.elapsed()))
     };
+    let (copied_ahead_bytes, superseded_bytes) = (saved.copied_ahead, saved.superseded);
     let (manifest, pages) = commit(saved, &container, image)?;
     if request.kill {
         process::kill(init).map_err(|source| CheckpointError::Kill { pid: init.pid, source })?;
@@ -246,6 +267,8 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
         logical_bytes: sum(|filesystem| filesystem.logical_bytes),
         pages_bytes: pages.length,
         zero_bytes: pages.zero_bytes,
+        copied_ahead_bytes,
+        superseded_bytes,
         unlinked,
         frozen_ms: milliseconds(frozen_for),
         total_ms: milliseconds(begun.elapsed()),
@@ -390,34 +413,67 @@ struct Saved {
     tree: PartWriter,
     filesystems: Vec<SavedFilesystem>,
     private: Vec<PrivateMemoryFileMeta>,
+    /// Bytes that were copied before the freeze and are in the trees.
+    copied_ahead: u64,
+    /// Bytes that were copied before the freeze in vain; nothing refers to them.
+    superseded: u64,
+}
+
+/// Views of the filesystems, by which they are read before and under the freeze.
+fn open_views(selected: &[Selected]) -> Result<Vec<File>, CheckpointError> {
+    let open = |selected: &Selected| {
+        let id = || selected.record.resource_id.clone();
+        open_view(&selected.mountpoint).map_err(|source| CheckpointError::Open { id: id(), source })
+    };
+    selected.iter().map(open).collect()
+}
+
+/// Copies what is in memory while the containers run.
+fn copy_ahead(
+    selected: &[Selected],
+    views: &[File],
+    pages: &AsyncPagesFileSave,
+    image: &ImageWriter,
+) -> Result<Vec<Option<Ahead>>, CheckpointError> {
+    let memory_file = MemoryFile::main();
+    let memory = pages.register_memory_file(&memory_file).map_err(|source| pages_failed(image, source))?;
+    let copy = |(selected, view): (&Selected, &File)| {
+        if selected.record.filestore.is_some() {
+            return Ok(None);
+        }
+        let id = || selected.record.resource_id.clone();
+        Ahead::copy(view, &memory).map_err(|source| CheckpointError::Save { id: id(), source })
+    };
+    selected.iter().zip(views).map(copy).collect()
 }
 
 /// Reads the filesystems; nothing is durable yet.
 fn save(
     container: &ContainerRecord,
     selected: &[Selected],
+    views: &[File],
+    ahead: &[Option<Ahead>],
     image: &ImageWriter,
-    pages_file: File,
-    direct: Direct,
+    pages: AsyncPagesFileSave,
 ) -> Result<Saved, CheckpointError> {
     let pages_failed = |source| pages_failed(image, source);
-    let options = SaveOptions { direct, ..SaveOptions::default() };
-    let pages = AsyncPagesFileSave::new(pages_file, options).map_err(pages_failed)?;
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
     let mut tree = PartWriter::new(image.file(image::TREE)?);
     let mut filesystems = Vec::new();
     let mut private = Vec::new();
     let mut frozen = Vec::new();
-    for selected in selected {
-        let Selected { record, mountpoint } = selected;
+    let mut copied_ahead = 0;
+    for ((selected, view), ahead) in selected.iter().zip(views).zip(ahead) {
+        let record = &selected.record;
         let id = &record.resource_id;
-        let view =
-            open_view(mountpoint).map_err(|source| CheckpointError::Open { id: id.clone(), source })?;
         let tree_start = tree.position();
         let mut offsets = Offsets::PagesFile;
         let saved = match &record.filestore {
-            None => save_tree(&view, &container.ids, &memory, tree),
+            None => match ahead {
+                Some(ahead) => save_copied_tree(view, &container.ids, &memory, ahead.copied(), tree),
+                None => save_tree(view, &container.ids, &memory, tree),
+            },
             Some(path) => {
                 let (guard, meta) = selected.save_filestore(path, &pages, image)?;
                 frozen.push(guard);
@@ -425,11 +481,12 @@ fn save(
                 private.push(PrivateMemoryFileMeta { index, ..meta });
                 let (format, ids) = (PrivateFormat::Ext4, container.ids.clone());
                 offsets = Offsets::PrivateFile { index, format, ids };
-                save_private_tree(&view, &container.ids, tree)
+                save_private_tree(view, &container.ids, tree)
             }
         };
         let (out, summary) = saved.map_err(|source| CheckpointError::Save { id: id.clone(), source })?;
         tree = out;
+        copied_ahead += summary.copied_ahead;
         filesystems.push(SavedFilesystem {
             resource_id: id.clone(),
             aliases: record.ids().into_iter().filter(|alias| *alias != id).cloned().collect(),
@@ -445,7 +502,8 @@ fn save(
     }
     let pages = pages.settle().map_err(pages_failed)?;
     drop(frozen);
-    Ok(Saved { pages, tree, filesystems, private })
+    let superseded = ahead.iter().flatten().map(|ahead| ahead.copied().bytes).sum::<u64>() - copied_ahead;
+    Ok(Saved { pages, tree, filesystems, private, copied_ahead, superseded })
 }
 
 /// Makes the parts durable and the directory an image.

@@ -52,6 +52,9 @@ struct Fscheckpoint {
     /// Write pages.img past the page cache: auto does where its filesystem gains by it.
     #[arg(long, value_enum, default_value_t = DirectArgument::Auto)]
     direct: DirectArgument,
+    /// Copy nothing before the container is frozen.
+    #[arg(long)]
+    no_precopy: bool,
     /// Keep the pages in this directory, and only the trees in the image.
     #[arg(long, value_name = "DIR")]
     pages_dir: Option<PathBuf>,
@@ -154,6 +157,7 @@ fn fscheckpoint(arguments: &Fscheckpoint) -> Result<String, Box<dyn Error>> {
         pages_dir: arguments.pages_dir.clone(),
         paths: arguments.paths.clone(),
         direct: arguments.direct.into(),
+        precopy: !arguments.no_precopy,
         kill: !arguments.leave_running,
         ..CheckpointRequest::new(&id, &arguments.image_path)
     };

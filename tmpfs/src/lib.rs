@@ -6,6 +6,7 @@
 pub mod acl;
 pub mod archive;
 pub mod build;
+pub mod changes;
 pub mod copy_up;
 pub mod decode;
 pub mod encode;
@@ -16,6 +17,7 @@ pub mod mount;
 pub mod mountpoint;
 pub mod options;
 pub mod pax;
+pub mod precopy;
 pub mod private;
 mod record;
 pub mod resource;

@@ -18,6 +18,7 @@ use stillframe_pgalloc::{AsyncMemoryFileSave, FileRange, PageExtent, SaveError};
 use crate::encode::TreeWriter;
 use crate::entry::{Attributes, Kind, PathName, Timestamp};
 use crate::id_map::{IdMap, Ids};
+use crate::precopy::Precopied;
 use crate::private;
 use crate::scan::{Content, Object, format, scan};
 use crate::xattr;
@@ -33,6 +34,8 @@ pub struct TreeSummary {
     pub logical_bytes: u64,
     /// Bytes of pages that hold data.
     pub data_bytes: u64,
+    /// Bytes among them that were copied ahead of the freeze.
+    pub copied_ahead: u64,
 }
 
 /// Why a filesystem couldn't be saved.
@@ -90,7 +93,19 @@ pub fn save_tree<W: Write>(
     memory: &AsyncMemoryFileSave<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Contents::Memory(memory), out)
+    save(root, ids, Contents::Memory(memory, None), out)
+}
+
+/// The same for a filesystem of which files were copied ahead through `memory`: those that are still the same
+/// aren't read again.
+pub fn save_copied_tree<W: Write>(
+    root: &File,
+    ids: &Ids,
+    memory: &AsyncMemoryFileSave<'_>,
+    precopied: &Precopied,
+    out: W,
+) -> Result<(W, TreeSummary), SaveTreeError> {
+    save(root, ids, Contents::Memory(memory, Some(precopied)), out)
 }
 
 /// Saves the tree of a filesystem on a filestore, which is frozen; its extents are offsets in the filestore, whose
@@ -111,8 +126,8 @@ pub(crate) fn save_listing(root: &File, ids: &Ids) -> Result<Vec<u8>, SaveTreeEr
 /// Where a regular file's contents are.
 #[derive(Clone, Copy)]
 enum Contents<'a> {
-    /// In memory: they are saved one by one.
-    Memory(&'a AsyncMemoryFileSave<'a>),
+    /// In memory: they are saved one by one, unless they were copied ahead.
+    Memory(&'a AsyncMemoryFileSave<'a>, Option<&'a Precopied>),
     /// In a filestore: only their places are.
     Private,
     /// Not asked for.
@@ -125,6 +140,7 @@ fn save<W: Write>(
     contents: Contents<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
+    let precopied = if let Contents::Memory(_, precopied) = contents { precopied } else { None };
     std::thread::scope(|scope| {
         let mut saver = Saver {
             ids,
@@ -133,7 +149,7 @@ fn save<W: Write>(
             summary: TreeSummary::default(),
             first_names: HashMap::new(),
         };
-        for batch in scan(scope, root)? {
+        for batch in scan(scope, root, precopied)? {
             for (path, object) in batch?.objects() {
                 saver.save(path, object)?;
             }
@@ -170,9 +186,16 @@ impl<W: Write> Saver<'_, W> {
         let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
         let kind = match content {
             Content::Directory => Kind::Directory,
-            Content::File(file) => {
+            Content::File(_) | Content::Copied(_) => {
                 let size = stat.stx_size;
-                let extents = self.save_pages(path, &file, size)?;
+                let extents = match content {
+                    Content::File(file) => self.save_pages(path, &file, size)?,
+                    Content::Copied(extents) => {
+                        self.summary.copied_ahead += extents.iter().map(|extent| extent.length).sum::<u64>();
+                        extents
+                    }
+                    _ => unreachable!("one of the two"),
+                };
                 self.summary.files += 1;
                 self.summary.logical_bytes = self.summary.logical_bytes.saturating_add(size);
                 self.summary.data_bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
@@ -200,7 +223,7 @@ impl<W: Write> Saver<'_, W> {
         }
         let path = || PathName(path.to_vec());
         let memory = match self.contents {
-            Contents::Memory(memory) => memory,
+            Contents::Memory(memory, _) => memory,
             Contents::Private => {
                 let operation = "find the blocks of";
                 let failed = |source| SaveTreeError::Object { operation, path: path(), source };

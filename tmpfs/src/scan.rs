@@ -14,8 +14,10 @@ use std::thread::{Builder, Scope};
 
 use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
+use stillframe_pgalloc::PageExtent;
 
 use crate::entry::{PathName, Xattr};
+use crate::precopy::Precopied;
 use crate::save::SaveTreeError;
 use crate::walk::{Listed, Met, Walk};
 use crate::xattr::{self, Inode};
@@ -47,6 +49,8 @@ pub(crate) enum Content {
     Directory,
     /// The file, open for reading.
     File(Arc<File>),
+    /// A file whose contents were copied ahead and are still the same.
+    Copied(Vec<PageExtent>),
     /// The target.
     Symlink(Vec<u8>),
     /// A fifo, socket or device, as its mode says.
@@ -68,11 +72,12 @@ pub(crate) type Scanned = Receiver<Result<Batch, SaveTreeError>>;
 pub(crate) fn scan<'scope>(
     scope: &'scope Scope<'scope, '_>,
     root: &'scope File,
+    precopied: Option<&'scope Precopied>,
 ) -> Result<Scanned, SaveTreeError> {
     let (sender, receiver) = sync_channel(QUEUE);
     let run = move || {
         let mut batch = Batch::default();
-        let failed = scan_all(root, &mut batch, &sender).err();
+        let failed = scan_all(root, precopied, &mut batch, &sender).err();
         // Whoever dropped the receiver wants no more.
         let _ = sender.send(Ok(batch));
         if let Some(error) = failed {
@@ -86,6 +91,7 @@ pub(crate) fn scan<'scope>(
 
 fn scan_all(
     root: &File,
+    precopied: Option<&Precopied>,
     batch: &mut Batch,
     sender: &SyncSender<Result<Batch, SaveTreeError>>,
 ) -> Result<(), SaveTreeError> {
@@ -96,7 +102,7 @@ fn scan_all(
             Some(Ok(met)) => met,
             Some(Err(source)) => return Err(failed("walk to", walk.path())(source)),
         };
-        let (stat, content, xattrs) = read(&met)?;
+        let (stat, content, xattrs) = read(&met, precopied)?;
         let start = batch.paths.len();
         batch.paths.extend_from_slice(met.path);
         batch.bytes += met.path.len() + xattrs.iter().map(|xattr| xattr.value.len()).sum::<usize>();
@@ -120,12 +126,21 @@ fn failed(operation: &'static str, path: &[u8]) -> impl Fn(io::Error) -> SaveTre
     }
 }
 
-fn read(met: &Met<'_>) -> Result<(Statx, Content, Vec<Xattr>), SaveTreeError> {
+fn read(met: &Met<'_>, precopied: Option<&Precopied>) -> Result<(Statx, Content, Vec<Xattr>), SaveTreeError> {
     let fail = |operation| failed(operation, met.path);
     if let Some(dir) = met.dir {
         let stat = stat(dir).map_err(fail("stat"))?;
         let xattrs = xattr::read(&Inode::Open(dir)).map_err(fail("read the xattrs of"))?;
         return Ok((stat, Content::Directory, xattrs));
+    }
+    // What was copied ahead needn't be opened: its attributes are in its name's statx, its xattrs were read then.
+    if let Some(precopied) = precopied.filter(|_| met.listed == Listed::Regular) {
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        let stat = rustix::fs::statx(met.parent, met.name, flags, StatxFlags::BASIC_STATS);
+        let stat = stat.map_err(|errno| fail("stat")(errno.into()))?;
+        if let Some(copy) = precopied.find(&stat) {
+            return Ok((stat, Content::Copied(copy.extents.clone()), copy.xattrs.clone()));
+        }
     }
     // Opening before asking, so that what is told is told of what is read, and with one name looked up.
     if met.listed == Listed::Regular {
@@ -161,6 +176,6 @@ pub(crate) fn format(stat: &Statx) -> u32 {
     u32::from(stat.stx_mode) & libc::S_IFMT
 }
 
-fn stat(file: &File) -> io::Result<Statx> {
+pub(crate) fn stat(file: &File) -> io::Result<Statx> {
     Ok(rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?)
 }

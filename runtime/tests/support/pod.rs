@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -59,16 +59,28 @@ impl Pod {
 
     /// Starts a container's process, in a cgroup of the v1 freezer or else of v2.
     pub fn start(&mut self, id: &str, command: &mut Command) {
+        self.start_reading(id, command.stdout(Stdio::inherit()));
+    }
+
+    /// The same; gives what it prints, if that is piped.
+    pub fn start_reading(&mut self, id: &str, command: &mut Command) -> Option<ChildStdout> {
         let v1 = Path::new("/sys/fs/cgroup/freezer");
         let v2 = [Path::new("/sys/fs/cgroup/unified"), Path::new("/sys/fs/cgroup")];
         let v2 = v2.into_iter().find(|path| path.join("cgroup.subtree_control").exists());
         let root = if v1.is_dir() { v1 } else { v2.expect("a cgroup hierarchy") };
         let cgroup = root.join(format!("{}-{id}", self.namespace));
         fs::create_dir(&cgroup).unwrap();
-        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        let mut child = command.stdin(Stdio::null()).spawn().unwrap();
         fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).unwrap();
         self.sandbox.set_init_pid(id, child.id().cast_signed()).unwrap();
+        let output = child.stdout.take();
         self.processes.push((child, cgroup));
+        output
+    }
+
+    /// Waits until the first container's process has died.
+    pub fn await_death(&mut self) {
+        self.processes[0].0.wait().unwrap();
     }
 
     /// A running container.

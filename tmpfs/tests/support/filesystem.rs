@@ -198,6 +198,13 @@ pub fn set_times(path: &Path, mtime: (i64, i64), atime: (i64, i64)) {
     rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
 }
 
+/// Sets both times of what may have gone.
+pub fn set_times_if_there(path: &Path, (tv_sec, tv_nsec): (i64, i64)) {
+    let time = Timespec { tv_sec, tv_nsec };
+    let times = Timestamps { last_access: time, last_modification: time };
+    let _ = rustix::fs::utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW);
+}
+
 pub fn noise(length: usize, seed: u8) -> Vec<u8> {
     let mut state = u64::from(seed) + 0x9e37_79b9;
     (0..length)
