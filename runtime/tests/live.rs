@@ -135,7 +135,7 @@ fn write_mapped(maps: &mut Vec<memmap2::MmapMut>, random: &mut Random, step: u64
     let one = random.below(maps.len() as u64) as usize;
     let at = random.below(maps[one].len() as u64 - 8) as usize;
     maps[one][at..at + 8].copy_from_slice(&step.to_le_bytes());
-    if step % 5 == 0 {
+    if step.is_multiple_of(5) {
         maps.swap_remove(one);
     }
 }
@@ -164,7 +164,9 @@ fn writers() {
                 let mut random = Random(number as u64);
                 (0..50).for_each(|step| write(dir, &mut random, step));
                 ready.wait();
-                (50..).for_each(|step| write(dir, &mut random, step));
+                for step in 50.. {
+                    write(dir, &mut random, step);
+                }
             });
         }
         let (dir, ready) = (&dir, &ready);
