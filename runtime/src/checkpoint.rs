@@ -9,12 +9,10 @@
 //! consistent. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen filesystem
 //! couldn't be frozen itself.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::iter;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
@@ -23,8 +21,8 @@ use stillframe_pgalloc::{
     SaveOptions, SettledPagesFile,
 };
 use stillframe_tmpfs::ResourceId;
-use stillframe_tmpfs::filestore::{self, FilestoreError};
-use stillframe_tmpfs::mount::{MountError, open_view};
+use stillframe_tmpfs::filestore::FilestoreError;
+use stillframe_tmpfs::mount::MountError;
 use stillframe_tmpfs::save::{SaveTreeError, save_copied_tree, save_private_tree, save_tree};
 
 use crate::ahead::Ahead;
@@ -32,9 +30,10 @@ use crate::freezer::{Cgroup, FREEZE_TIMEOUT, FreezeError};
 use crate::image::{self, ImageError, ImageWriter, PartWriter};
 use crate::manifest::{Manifest, Offsets, Part, PrivateFormat, SavedContainer, SavedFilesystem};
 use crate::process;
+use crate::selected::{Selected, count_unlinked, not_on_itself, open_views, others, select};
 use crate::selector::Selector;
-use crate::state::{ContainerRecord, FilesystemRecord, Locked, StateDir, StateError};
-use crate::unlinked::{self, Unlinked};
+use crate::state::{ContainerRecord, FilesystemRecord, Locked, StateError};
+use crate::unlinked::Unlinked;
 
 /// What a checkpoint is asked to do.
 #[derive(Clone, Debug)]
@@ -285,128 +284,6 @@ fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
 
-/// A filesystem to be saved.
-struct Selected {
-    record: FilesystemRecord,
-    mountpoint: PathBuf,
-}
-
-impl Selected {
-    fn filestore_failed(&self, source: FilestoreError) -> CheckpointError {
-        CheckpointError::Filestore { id: self.record.resource_id.clone(), source: Box::new(source) }
-    }
-
-    /// Before the freeze, what makes it short. And a process that died may have left it frozen.
-    fn settle(&self) -> Result<(), CheckpointError> {
-        filestore::thaw(&self.mountpoint)
-            .and_then(|()| filestore::settle(&self.mountpoint))
-            .map_err(|source| self.filestore_failed(source))
-    }
-
-    /// Freezes it and has its file saved.
-    fn save_filestore(
-        &self,
-        path: &Path,
-        pages: &AsyncPagesFileSave,
-        image: &ImageWriter,
-    ) -> Result<(filestore::Frozen, PrivateMemoryFileMeta), CheckpointError> {
-        let file = File::open(path).map_err(|source| {
-            self.filestore_failed(FilestoreError::File { operation: "open", path: path.to_owned(), source })
-        })?;
-        let frozen = filestore::freeze(&self.mountpoint).map_err(|source| self.filestore_failed(source))?;
-        let saved = MemoryFile::private(file).save_to(pages).map_err(|source| pages_failed(image, source))?;
-        Ok((frozen, saved))
-    }
-}
-
-/// Finds the filesystems; every selection must find one, and no two may have the same name.
-fn select(
-    dir: &StateDir,
-    container: &ContainerRecord,
-    selectors: &[Selector],
-) -> Result<Vec<Selected>, CheckpointError> {
-    let mut all = Vec::new();
-    for name in &container.filesystems {
-        if all.iter().any(|selected: &Selected| selected.mountpoint == dir.mountpoint(name)) {
-            continue;
-        }
-        let missing = || StateError::File {
-            operation: "read",
-            path: dir.mountpoint(name).with_file_name("record.json"),
-            source: io::ErrorKind::NotFound.into(),
-        };
-        let record = dir.filesystem(name)?.ok_or_else(missing)?;
-        all.push(Selected { record, mountpoint: dir.mountpoint(name) });
-    }
-    let matches = |selected: &Selected, selector: &Selector| {
-        selected.record.ids().into_iter().any(|id| selector.matches(id))
-    };
-    for selector in selectors {
-        if !all.iter().any(|selected| matches(selected, selector)) {
-            let there: Vec<String> = all.iter().map(describe).collect();
-            let there = if there.is_empty() { "none at all".to_owned() } else { there.join(", ") };
-            return Err(CheckpointError::NoMatch { selector: selector.to_string(), there });
-        }
-    }
-    all.retain(|selected| {
-        selectors.is_empty() || selectors.iter().any(|selector| matches(selected, selector))
-    });
-    for (index, selected) in all.iter().enumerate() {
-        for id in selected.record.ids() {
-            if all[..index].iter().any(|before| before.record.ids().contains(&id)) {
-                return Err(CheckpointError::Duplicate(id.clone()));
-            }
-        }
-    }
-    Ok(all)
-}
-
-/// Its ResourceID, and those of the mounts that share it.
-fn describe(selected: &Selected) -> String {
-    let ids: Vec<String> = selected.record.ids().iter().map(ToString::to_string).collect();
-    match ids.as_slice() {
-        [id] => id.clone(),
-        [id, aliases @ ..] => format!("{id} ({})", aliases.join(" ")),
-        [] => unreachable!("a filesystem has a ResourceID"),
-    }
-}
-
-/// The cgroups of the other containers that have one of the filesystems and run.
-fn others(dir: &StateDir, container: &str, selected: &[Selected]) -> Result<Vec<Cgroup>, CheckpointError> {
-    let users =
-        selected.iter().flat_map(|selected| &selected.record.users).map(|user| user.container.as_str());
-    let users: BTreeSet<&str> = users.filter(|user| *user != container).collect();
-    let mut cgroups = Vec::new();
-    for user in users {
-        let Some(record) = dir.container(user)? else { continue };
-        // One without a process is starting, which takes the lock that is held here, or has ended.
-        let Some(init) = record.init.filter(process::is_alive) else { continue };
-        cgroups.push(init.cgroup.ok_or_else(|| CheckpointError::NoCgroup(user.to_owned()))?);
-    }
-    Ok(cgroups)
-}
-
-/// Writing to a frozen filesystem would wait for ever.
-fn not_on_itself(image: &Path, selected: &[Selected]) -> Result<(), CheckpointError> {
-    let Ok(device) = device(image) else { return Ok(()) };
-    match selected.iter().find(|selected| self::device(&selected.mountpoint).is_ok_and(|own| own == device)) {
-        Some(selected) => {
-            Err(CheckpointError::OnItself { path: image.to_owned(), id: selected.record.resource_id.clone() })
-        }
-        None => Ok(()),
-    }
-}
-
-fn device(path: &Path) -> io::Result<u64> {
-    Ok(path.metadata()?.dev())
-}
-
-fn count_unlinked(cgroup: &Cgroup, selected: &[Selected]) -> Unlinked {
-    // A mountpoint that can't be looked at is reported when it is saved.
-    let devices = selected.iter().filter_map(|selected| device(&selected.mountpoint).ok());
-    unlinked::count(&cgroup.processes(), &devices.collect::<Vec<_>>())
-}
-
 /// What was read within the freeze, and needs the container no more.
 struct Saved {
     pages: SettledPagesFile,
@@ -417,15 +294,6 @@ struct Saved {
     copied_ahead: u64,
     /// Bytes that were copied before the freeze in vain; nothing refers to them.
     superseded: u64,
-}
-
-/// Views of the filesystems, by which they are read before and under the freeze.
-fn open_views(selected: &[Selected]) -> Result<Vec<File>, CheckpointError> {
-    let open = |selected: &Selected| {
-        let id = || selected.record.resource_id.clone();
-        open_view(&selected.mountpoint).map_err(|source| CheckpointError::Open { id: id(), source })
-    };
-    selected.iter().map(open).collect()
 }
 
 /// Copies what is in memory while the containers run.
@@ -533,7 +401,7 @@ fn commit(
     Ok((manifest, pages))
 }
 
-fn pages_failed(image: &ImageWriter, source: SaveError) -> CheckpointError {
+pub(crate) fn pages_failed(image: &ImageWriter, source: SaveError) -> CheckpointError {
     CheckpointError::Pages { path: image.pages_path(), source }
 }
 

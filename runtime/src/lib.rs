@@ -21,6 +21,7 @@ pub mod plan;
 mod process;
 pub mod restore;
 pub mod sandbox;
+mod selected;
 pub mod selector;
 pub mod spec;
 pub mod state;

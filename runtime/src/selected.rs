@@ -1,0 +1,154 @@
+//! What a checkpoint takes: the filesystems that are selected, who else has them, and views of them.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, PrivateMemoryFileMeta};
+use stillframe_tmpfs::filestore::{self, FilestoreError};
+use stillframe_tmpfs::mount::open_view;
+
+use crate::checkpoint::{CheckpointError, pages_failed};
+use crate::freezer::Cgroup;
+use crate::image::ImageWriter;
+use crate::process;
+use crate::selector::Selector;
+use crate::state::{ContainerRecord, FilesystemRecord, StateDir, StateError};
+use crate::unlinked::{self, Unlinked};
+
+/// A filesystem to be saved.
+pub(crate) struct Selected {
+    pub(crate) record: FilesystemRecord,
+    pub(crate) mountpoint: PathBuf,
+}
+
+impl Selected {
+    fn filestore_failed(&self, source: FilestoreError) -> CheckpointError {
+        CheckpointError::Filestore { id: self.record.resource_id.clone(), source: Box::new(source) }
+    }
+
+    /// Before the freeze, what makes it short. And a process that died may have left it frozen.
+    pub(crate) fn settle(&self) -> Result<(), CheckpointError> {
+        filestore::thaw(&self.mountpoint)
+            .and_then(|()| filestore::settle(&self.mountpoint))
+            .map_err(|source| self.filestore_failed(source))
+    }
+
+    /// Freezes it and has its file saved.
+    pub(crate) fn save_filestore(
+        &self,
+        path: &Path,
+        pages: &AsyncPagesFileSave,
+        image: &ImageWriter,
+    ) -> Result<(filestore::Frozen, PrivateMemoryFileMeta), CheckpointError> {
+        let file = File::open(path).map_err(|source| {
+            self.filestore_failed(FilestoreError::File { operation: "open", path: path.to_owned(), source })
+        })?;
+        let frozen = filestore::freeze(&self.mountpoint).map_err(|source| self.filestore_failed(source))?;
+        let saved = MemoryFile::private(file).save_to(pages).map_err(|source| pages_failed(image, source))?;
+        Ok((frozen, saved))
+    }
+}
+
+/// Finds the filesystems; every selection must find one, and no two may have the same name.
+pub(crate) fn select(
+    dir: &StateDir,
+    container: &ContainerRecord,
+    selectors: &[Selector],
+) -> Result<Vec<Selected>, CheckpointError> {
+    let mut all = Vec::new();
+    for name in &container.filesystems {
+        if all.iter().any(|selected: &Selected| selected.mountpoint == dir.mountpoint(name)) {
+            continue;
+        }
+        let missing = || StateError::File {
+            operation: "read",
+            path: dir.mountpoint(name).with_file_name("record.json"),
+            source: io::ErrorKind::NotFound.into(),
+        };
+        let record = dir.filesystem(name)?.ok_or_else(missing)?;
+        all.push(Selected { record, mountpoint: dir.mountpoint(name) });
+    }
+    let matches = |selected: &Selected, selector: &Selector| {
+        selected.record.ids().into_iter().any(|id| selector.matches(id))
+    };
+    for selector in selectors {
+        if !all.iter().any(|selected| matches(selected, selector)) {
+            let there: Vec<String> = all.iter().map(describe).collect();
+            let there = if there.is_empty() { "none at all".to_owned() } else { there.join(", ") };
+            return Err(CheckpointError::NoMatch { selector: selector.to_string(), there });
+        }
+    }
+    all.retain(|selected| {
+        selectors.is_empty() || selectors.iter().any(|selector| matches(selected, selector))
+    });
+    for (index, selected) in all.iter().enumerate() {
+        for id in selected.record.ids() {
+            if all[..index].iter().any(|before| before.record.ids().contains(&id)) {
+                return Err(CheckpointError::Duplicate(id.clone()));
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Its ResourceID, and those of the mounts that share it.
+fn describe(selected: &Selected) -> String {
+    let ids: Vec<String> = selected.record.ids().iter().map(ToString::to_string).collect();
+    match ids.as_slice() {
+        [id] => id.clone(),
+        [id, aliases @ ..] => format!("{id} ({})", aliases.join(" ")),
+        [] => unreachable!("a filesystem has a ResourceID"),
+    }
+}
+
+/// The cgroups of the other containers that have one of the filesystems and run.
+pub(crate) fn others(
+    dir: &StateDir,
+    container: &str,
+    selected: &[Selected],
+) -> Result<Vec<Cgroup>, CheckpointError> {
+    let users =
+        selected.iter().flat_map(|selected| &selected.record.users).map(|user| user.container.as_str());
+    let users: BTreeSet<&str> = users.filter(|user| *user != container).collect();
+    let mut cgroups = Vec::new();
+    for user in users {
+        let Some(record) = dir.container(user)? else { continue };
+        // One without a process is starting, which takes the lock that is held here, or has ended.
+        let Some(init) = record.init.filter(process::is_alive) else { continue };
+        cgroups.push(init.cgroup.ok_or_else(|| CheckpointError::NoCgroup(user.to_owned()))?);
+    }
+    Ok(cgroups)
+}
+
+/// Writing to a frozen filesystem would wait for ever.
+pub(crate) fn not_on_itself(image: &Path, selected: &[Selected]) -> Result<(), CheckpointError> {
+    let Ok(device) = device(image) else { return Ok(()) };
+    match selected.iter().find(|selected| self::device(&selected.mountpoint).is_ok_and(|own| own == device)) {
+        Some(selected) => {
+            Err(CheckpointError::OnItself { path: image.to_owned(), id: selected.record.resource_id.clone() })
+        }
+        None => Ok(()),
+    }
+}
+
+fn device(path: &Path) -> io::Result<u64> {
+    Ok(path.metadata()?.dev())
+}
+
+pub(crate) fn count_unlinked(cgroup: &Cgroup, selected: &[Selected]) -> Unlinked {
+    // A mountpoint that can't be looked at is reported when it is saved.
+    let devices = selected.iter().filter_map(|selected| device(&selected.mountpoint).ok());
+    unlinked::count(&cgroup.processes(), &devices.collect::<Vec<_>>())
+}
+
+/// Views of the filesystems, by which they are read before and under the freeze.
+pub(crate) fn open_views(selected: &[Selected]) -> Result<Vec<File>, CheckpointError> {
+    let open = |selected: &Selected| {
+        let id = || selected.record.resource_id.clone();
+        open_view(&selected.mountpoint).map_err(|source| CheckpointError::Open { id: id(), source })
+    };
+    selected.iter().map(open).collect()
+}
