@@ -15,6 +15,7 @@
 //! The init's exit is told last: first all processes are killed that could outlive it, no exec starts any more, and the exits
 //! of those that did start are told.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -33,6 +34,7 @@ use crate::error::TaskError;
 use crate::events::Publisher;
 use crate::exec::Execs;
 use crate::lifecycle::{Operation, State};
+use crate::metrics::MetricsError;
 use crate::process::{Process, timestamp};
 use crate::reaper::{Exit, Reaper};
 use crate::sandbox::Filesystems;
@@ -220,6 +222,11 @@ impl Container {
     /// The statistics of its cgroups.
     pub async fn stats(&self) -> Result<Any, TaskError> {
         let pid = self.init.pid();
+        if self.init.state() == State::Stopped {
+            // Its pid may be another process's by now.
+            let source = io::Error::from_raw_os_error(libc::ESRCH);
+            return Err(MetricsError::Gone { pid, source }.into());
+        }
         let collected = tokio::task::spawn_blocking(move || metrics::collect(pid)).await;
         Ok(collected.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?)
     }

@@ -131,22 +131,23 @@ pub enum TaskError {
 }
 
 impl TaskError {
-    /// containerd-shim-runc-v2's code for the error; where it has none (UNKNOWN) but a better one exists, that one.
+    /// containerd-shim-runc-v2's code for the error: clients know how to live with those, also where a better one exists. What
+    /// only we have has a code of its own.
     pub fn code(&self) -> Code {
         match self {
             TaskError::NoContainer | TaskError::NoProcess { .. } | TaskError::Finished => Code::NOT_FOUND,
             TaskError::ContainerExists { .. } | TaskError::ExecExists { .. } => Code::ALREADY_EXISTS,
             TaskError::Refused(refused) if refused.is_gone() => Code::NOT_FOUND,
-            TaskError::Refused(_)
-            | TaskError::InitGone { .. }
-            | TaskError::NotStarted
-            | TaskError::CheckpointRuns { .. } => Code::FAILED_PRECONDITION,
+            TaskError::InitGone { .. } | TaskError::NotStarted | TaskError::CheckpointRuns { .. } => {
+                Code::FAILED_PRECONDITION
+            }
             TaskError::Options(_) | TaskError::Json { .. } | TaskError::Stdio(StdioError::Scheme(_)) => {
                 Code::INVALID_ARGUMENT
             }
             TaskError::Metrics(MetricsError::Gone { .. }) => Code::NOT_FOUND,
             TaskError::Panicked { .. } => Code::INTERNAL,
-            TaskError::Runc(_)
+            TaskError::Refused(_)
+            | TaskError::Runc(_)
             | TaskError::Bundle(_)
             | TaskError::Rootfs(_)
             | TaskError::Stdio(_)
@@ -232,7 +233,7 @@ mod tests {
     #[test]
     fn codes_are_containerd_s() {
         let refused = |state: State| TaskError::from(state.admit(Operation::Delete).unwrap_err());
-        assert_eq!(refused(State::Running).code(), Code::FAILED_PRECONDITION);
+        assert_eq!(refused(State::Running).code(), Code::UNKNOWN);
         assert_eq!(refused(State::Deleted).code(), Code::NOT_FOUND);
         assert_eq!(TaskError::NoContainer.code(), Code::NOT_FOUND);
         assert_eq!(TaskError::ExecExists { exec_id: "e".into() }.code(), Code::ALREADY_EXISTS);

@@ -15,8 +15,8 @@
 //! ```
 //!
 //! Only an init is paused. The table and the messages are those of containerd-shim-runc-v2
-//! (cmd/containerd-shim-runc-v2/process/{init,exec}_state.go), which answers most of them with the code UNKNOWN; here
-//! they are FAILED_PRECONDITION, and NOT_FOUND for a deleted process as there.
+//! (cmd/containerd-shim-runc-v2/process/{init,exec}_state.go), and so are the codes: UNKNOWN, and NOT_FOUND for a deleted
+//! process.
 //!
 //! Pure: no locks, no I/O.
 

@@ -228,7 +228,10 @@ impl Task for TaskService {
         let id = request.id.clone();
         self.run("ResizePty", &id, |inner| async move {
             let process = inner.get(&request.id)?.process(&request.exec_id)?;
-            process.admit(Operation::Resize)?;
+            // An init may be resized when it is dead: containerd-shim-runc-v2 asks only execs for their state.
+            if !process.exec_id.is_empty() {
+                process.admit(Operation::Resize)?;
+            }
             if let Some(io) = process.io() {
                 // A terminal has 16 bits for either.
                 let cells = |count: u32| u16::try_from(count).unwrap_or(u16::MAX);
