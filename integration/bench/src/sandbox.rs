@@ -61,9 +61,10 @@ impl Bench {
         Ok(self)
     }
 
-    /// Takes a checkpoint.
+    /// Takes a checkpoint in the way that is done first, with all copying under the freeze.
     pub fn checkpoint(&self, image: &Path) -> Result<CheckpointResult> {
-        Ok(self.sandbox.checkpoint(&CheckpointRequest::new("c", image))?)
+        let request = CheckpointRequest { precopy: false, ..CheckpointRequest::new("c", image) };
+        Ok(self.sandbox.checkpoint(&request)?)
     }
 
     /// Takes a checkpoint and throws it away; how long the container was frozen for it, in milliseconds.
