@@ -20,6 +20,8 @@ stillframe_integration::with_every_containerd!(
     a_killed_shim_is_cleaned_up_after,
     containerd_restarts_beside_a_live_container,
     a_container_ends_while_containerd_is_away,
+    containerd_is_killed_in_the_middle_of_a_checkpoint,
+    containerd_is_killed_in_the_middle_of_a_restore,
 );
 
 fn started<'a>(containerd: &'a Containerd, name: &str) -> Container<'a> {
@@ -224,4 +226,71 @@ fn a_container_ends_while_containerd_is_away(version: &ContainerdVersion) {
         containerd.ctr().run(&["containers", "delete", container.id()]).unwrap();
         nothing_left(&containerd);
     }
+}
+
+/// Waits for something that only its trace in the file system tells.
+#[track_caller]
+fn until(what: &str, mut there: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !there() {
+        assert!(Instant::now() < end, "{what}: not within 30 s");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// With enough in it for a save or restore to take a while.
+fn much(containerd: &Containerd) -> Container<'_> {
+    let container = containerd.container("c").tmpfs("/scratch", "size=150m").start().unwrap();
+    container.shell("for i in 1 2; do head -c 60000000 /dev/urandom > /scratch/$i; done").unwrap();
+    container
+}
+
+fn containerd_is_killed_in_the_middle_of_a_checkpoint(version: &ContainerdVersion) {
+    let containerd = Containerd::start_version(version).unwrap();
+    let container = much(&containerd);
+    let before = container.list("/scratch").unwrap();
+    let words = ["containers", "checkpoint", "--task", container.id(), CHECKPOINT];
+    let client = Background::start(&mut containerd.ctr().command(&words)).unwrap();
+    let tmp = containerd.dir().join("tmp");
+    until("the first pages", || {
+        let dirs = std::fs::read_dir(&tmp).into_iter().flatten().flatten();
+        dirs.map(|dir| dir.path().join("pages.img"))
+            .any(|file| file.metadata().is_ok_and(|meta| meta.len() > 0))
+    });
+    containerd.restart(watchdog::KILL).unwrap();
+    // The client has lost its server.
+    assert_ne!(client.wait().unwrap().0, 0);
+    // It was containerd that had paused it, with any runtime, and nobody else resumes it.
+    assert_eq!(container.status().unwrap().as_deref(), Some("PAUSED"));
+    containerd.ctr().run(&["tasks", "resume", container.id()]).unwrap();
+    same("afterwards", &before, &container.list("/scratch").unwrap());
+    containerd.checkpoint(container.id(), CHECKPOINT).unwrap();
+    container.remove().unwrap();
+    let container = Container::restore(&containerd, "restored", CHECKPOINT).unwrap();
+    same("restored", &before, &container.list("/scratch").unwrap());
+    container.remove().unwrap();
+    nothing_left(&containerd);
+}
+
+fn containerd_is_killed_in_the_middle_of_a_restore(version: &ContainerdVersion) {
+    let containerd = Containerd::start_version(version).unwrap();
+    let container = much(&containerd);
+    let before = container.list("/scratch").unwrap();
+    containerd.checkpoint(container.id(), CHECKPOINT).unwrap();
+    container.remove().unwrap();
+    let id = containerd.id("half");
+    let words = ["containers", "restore", "--live", &id, CHECKPOINT];
+    let client = Background::start(&mut containerd.ctr().command(&words)).unwrap();
+    let state = std::path::Path::new("/run/stillframe").join(containerd.namespace()).join(&id);
+    until("the first filesystem", || state.join("filesystems").exists());
+    containerd.restart(watchdog::KILL).unwrap();
+    assert_ne!(client.wait().unwrap().0, 0);
+    // The shim may have come to the end of it, or containerd has ended the shim.
+    let half = Container::attach(&containerd, id);
+    half.remove().unwrap();
+    nothing_left(&containerd);
+    let container = Container::restore(&containerd, "restored", CHECKPOINT).unwrap();
+    same("restored", &before, &container.list("/scratch").unwrap());
+    container.remove().unwrap();
+    nothing_left(&containerd);
 }

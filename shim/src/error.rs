@@ -34,6 +34,12 @@ pub enum TaskError {
         /// As asked.
         id: String,
     },
+    /// Shutdown was asked for while it was created.
+    #[error("container {id} was created while the shim was shut down")]
+    Unwanted {
+        /// The container.
+        id: String,
+    },
     /// A second exec with the id; containerd-shim-runc-v2's text.
     #[error("id {exec_id}")]
     ExecExists {
@@ -144,6 +150,7 @@ impl TaskError {
             TaskError::Options(_) | TaskError::Json { .. } | TaskError::Stdio(StdioError::Scheme(_)) => {
                 Code::INVALID_ARGUMENT
             }
+            TaskError::Unwanted { .. } => Code::ABORTED,
             TaskError::Metrics(MetricsError::Gone { .. }) => Code::NOT_FOUND,
             TaskError::Panicked { .. } => Code::INTERNAL,
             TaskError::Refused(_)

@@ -4,12 +4,15 @@
 //! instead of a caller that waits forever.
 //!
 //! Several containers live in one shim (those of a pod). The map's lock is held to look up, insert and remove, never across
-//! an await; an id that is being created is taken already.
+//! an await; an id that is being created is taken already, and a request about it waits until it is there or isn't: a
+//! containerd that was restarted in the meantime then finds what it had asked for. If it can't wait, it shuts the shim down;
+//! so what is being created is no longer wanted, and goes as soon as it is there.
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim::api::*;
@@ -17,6 +20,7 @@ use containerd_shim::protos::api::ProcessInfo;
 use containerd_shim::protos::shim::oci::ProcessDetails;
 use containerd_shim::util::convert_to_any;
 use containerd_shim::{ExitSignal, Task, TtrpcContext, TtrpcResult};
+use tokio::sync::Notify;
 
 use crate::container::{Container, Shim};
 use crate::create;
@@ -24,21 +28,35 @@ use crate::error::TaskError;
 use crate::lifecycle::Operation;
 use crate::process::wait_response;
 
+/// How long a shim stays without containers after a create that failed.
+const UNUSED: Duration = Duration::from_secs(5);
+
 /// The service. Cheap to clone.
 #[derive(Clone)]
 pub struct TaskService(Arc<Inner>);
 
 struct Inner {
     shim: Arc<Shim>,
-    /// `None` while it is being created.
-    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    containers: Mutex<HashMap<String, Place>>,
+    /// A place in the map has changed.
+    changed: Notify,
     exit: Arc<ExitSignal>,
+}
+
+/// What an id stands for.
+enum Place {
+    /// It is being created.
+    Creating {
+        /// Shutdown has been asked for meanwhile.
+        unwanted: bool,
+    },
+    There(Arc<Container>),
 }
 
 impl TaskService {
     /// A service without containers; `exit` is signalled when containerd says so and no container is left.
     pub fn new(shim: Arc<Shim>, exit: Arc<ExitSignal>) -> Self {
-        Self(Arc::new(Inner { shim, containers: Mutex::default(), exit }))
+        Self(Arc::new(Inner { shim, containers: Mutex::default(), changed: Notify::new(), exit }))
     }
 
     /// Runs one request; see the module's documentation.
@@ -65,12 +83,21 @@ impl TaskService {
 }
 
 impl Inner {
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Place>> {
         self.containers.lock().expect("the map is never left half-changed")
     }
 
-    fn get(&self, id: &str) -> Result<Arc<Container>, TaskError> {
-        self.containers().get(id).cloned().flatten().ok_or(TaskError::NoContainer)
+    async fn get(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        loop {
+            // Before the look, so that no change is missed.
+            let changed = self.changed.notified();
+            match self.containers().get(id) {
+                None => return Err(TaskError::NoContainer),
+                Some(Place::There(container)) => return Ok(container.clone()),
+                Some(Place::Creating { .. }) => {}
+            }
+            changed.await;
+        }
     }
 
     async fn create(&self, request: &CreateTaskRequest) -> Result<i32, TaskError> {
@@ -80,19 +107,48 @@ impl Inner {
             if containers.contains_key(id) {
                 return Err(TaskError::ContainerExists { id: id.clone() });
             }
-            containers.insert(id.clone(), None);
+            containers.insert(id.clone(), Place::Creating { unwanted: false });
         }
         // Gone with a panic as well.
-        let mut place = Place { inner: self, id, kept: false };
+        let mut taken = Taken { inner: self, id, kept: false };
         let container = create::create(&self.shim, request).await?;
         let pid = container.init.pid();
-        self.containers().insert(id.clone(), Some(container));
-        place.kept = true;
-        Ok(pid)
+        {
+            let mut containers = self.containers();
+            if !matches!(containers.get(id), Some(Place::Creating { unwanted: true })) {
+                containers.insert(id.clone(), Place::There(container));
+                taken.kept = true;
+                return Ok(pid);
+            }
+        }
+        tracing::warn!(id, "shut down while it was created");
+        container.delete().await?;
+        Err(TaskError::Unwanted { id: id.clone() })
+    }
+
+    /// After a create that failed containerd shuts the shim down, unless it was restarted meanwhile: 1.6 then believes that there
+    /// is a container. When the shim ends, it has everything of it deleted.
+    async fn end_unless_used(self: Arc<Self>) {
+        tokio::time::sleep(UNUSED).await;
+        if self.containers().is_empty() {
+            tracing::warn!("nothing has become of the container, and nobody has shut the shim down");
+            self.exit.signal();
+        }
+    }
+
+    fn shut_down(&self, id: &str) {
+        let mut containers = self.containers();
+        if containers.is_empty() {
+            self.exit.signal();
+        } else if let Some(Place::Creating { unwanted }) = containers.get_mut(id) {
+            *unwanted = true;
+        } else {
+            tracing::debug!(id, "other containers are left");
+        }
     }
 
     async fn delete(&self, request: &DeleteRequest) -> Result<DeleteResponse, TaskError> {
-        let container = self.get(&request.id)?;
+        let container = self.get(&request.id).await?;
         if !request.exec_id.is_empty() {
             return container.delete_exec(&request.exec_id).await;
         }
@@ -102,17 +158,23 @@ impl Inner {
     }
 }
 
-struct Place<'a> {
+/// An id that is being created.
+struct Taken<'a> {
     inner: &'a Inner,
     id: &'a str,
     kept: bool,
 }
 
-impl Drop for Place<'_> {
+impl Drop for Taken<'_> {
     fn drop(&mut self) {
         if !self.kept {
-            self.inner.containers().remove(self.id);
+            let mut containers = self.inner.containers();
+            let unwanted = matches!(containers.remove(self.id), Some(Place::Creating { unwanted: true }));
+            if unwanted && containers.is_empty() {
+                self.inner.exit.signal();
+            }
         }
+        self.inner.changed.notify_waiters();
     }
 }
 
@@ -121,8 +183,11 @@ impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> TtrpcResult<CreateTaskResponse> {
         let id = request.id.clone();
         self.run("Create", &id, |inner| async move {
-            let pid = inner.create(&request).await?.unsigned_abs();
-            Ok(CreateTaskResponse { pid, ..Default::default() })
+            let created = inner.create(&request).await;
+            if created.is_err() {
+                tokio::spawn(inner.clone().end_unless_used());
+            }
+            Ok(CreateTaskResponse { pid: created?.unsigned_abs(), ..Default::default() })
         })
         .await
     }
@@ -130,7 +195,7 @@ impl Task for TaskService {
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> TtrpcResult<StartResponse> {
         let id = request.id.clone();
         self.run("Start", &id, |inner| async move {
-            let container = inner.get(&request.id)?;
+            let container = inner.get(&request.id).await?;
             let pid = match request.exec_id.as_str() {
                 "" => container.start().await?,
                 exec_id => container.start_exec(exec_id).await?,
@@ -143,7 +208,7 @@ impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> TtrpcResult<StateResponse> {
         let id = request.id.clone();
         self.run("State", &id, |inner| async move {
-            let container = inner.get(&request.id)?;
+            let container = inner.get(&request.id).await?;
             let process = container.process(&request.exec_id)?;
             Ok(process.describe(&container.id, &container.bundle.display().to_string()))
         })
@@ -153,7 +218,7 @@ impl Task for TaskService {
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> TtrpcResult<WaitResponse> {
         let id = request.id.clone();
         self.run("Wait", &id, |inner| async move {
-            let process = inner.get(&request.id)?.process(&request.exec_id)?;
+            let process = inner.get(&request.id).await?.process(&request.exec_id)?;
             Ok(wait_response(&process.wait().await))
         })
         .await
@@ -162,7 +227,7 @@ impl Task for TaskService {
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("Kill", &id, |inner| async move {
-            inner.get(&request.id)?.kill(&request.exec_id, request.signal, request.all).await?;
+            inner.get(&request.id).await?.kill(&request.exec_id, request.signal, request.all).await?;
             Ok(Empty::new())
         })
         .await
@@ -176,7 +241,7 @@ impl Task for TaskService {
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("Exec", &id, |inner| async move {
-            inner.get(&request.id)?.add_exec(&request)?;
+            inner.get(&request.id).await?.add_exec(&request)?;
             Ok(Empty::new())
         })
         .await
@@ -185,7 +250,7 @@ impl Task for TaskService {
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> TtrpcResult<PidsResponse> {
         let id = request.id.clone();
         self.run("Pids", &id, |inner| async move {
-            let pids = inner.get(&request.id)?.pids().await?;
+            let pids = inner.get(&request.id).await?.pids().await?;
             let processes = pids.into_iter().map(|(pid, exec_id)| {
                 let details = exec_id.map(|exec_id| ProcessDetails { exec_id, ..Default::default() });
                 let info = details.and_then(|details| convert_to_any(Box::new(details)).ok());
@@ -199,7 +264,7 @@ impl Task for TaskService {
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("Pause", &id, |inner| async move {
-            inner.get(&request.id)?.pause().await?;
+            inner.get(&request.id).await?.pause().await?;
             Ok(Empty::new())
         })
         .await
@@ -208,7 +273,7 @@ impl Task for TaskService {
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("Resume", &id, |inner| async move {
-            inner.get(&request.id)?.resume().await?;
+            inner.get(&request.id).await?.resume().await?;
             Ok(Empty::new())
         })
         .await
@@ -217,7 +282,7 @@ impl Task for TaskService {
     async fn checkpoint(&self, _: &TtrpcContext, request: CheckpointTaskRequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("Checkpoint", &id, |inner| async move {
-            let container = inner.get(&request.id)?;
+            let container = inner.get(&request.id).await?;
             container.checkpoint(PathBuf::from(&request.path), request.options.as_ref()).await?;
             Ok(Empty::new())
         })
@@ -227,7 +292,7 @@ impl Task for TaskService {
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("ResizePty", &id, |inner| async move {
-            let process = inner.get(&request.id)?.process(&request.exec_id)?;
+            let process = inner.get(&request.id).await?.process(&request.exec_id)?;
             // An init may be resized when it is dead: containerd-shim-runc-v2 asks only execs for their state.
             if !process.exec_id.is_empty() {
                 process.admit(Operation::Resize)?;
@@ -246,7 +311,7 @@ impl Task for TaskService {
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("CloseIO", &id, |inner| async move {
-            let process = inner.get(&request.id)?.process(&request.exec_id)?;
+            let process = inner.get(&request.id).await?.process(&request.exec_id)?;
             if request.stdin {
                 process.close_input();
             }
@@ -258,7 +323,7 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("Update", &id, |inner| async move {
-            inner.get(&request.id)?.update(&request.resources.value).await?;
+            inner.get(&request.id).await?.update(&request.resources.value).await?;
             Ok(Empty::new())
         })
         .await
@@ -267,7 +332,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> TtrpcResult<StatsResponse> {
         let id = request.id.clone();
         self.run("Stats", &id, |inner| async move {
-            let stats = inner.get(&request.id)?.stats().await?;
+            let stats = inner.get(&request.id).await?.stats().await?;
             Ok(StatsResponse { stats: Some(stats).into(), ..Default::default() })
         })
         .await
@@ -276,7 +341,8 @@ impl Task for TaskService {
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> TtrpcResult<ConnectResponse> {
         let id = request.id.clone();
         self.run("Connect", &id, |inner| async move {
-            let task_pid = inner.get(&request.id).map_or(0, |container| container.init.pid().unsigned_abs());
+            let task_pid =
+                inner.get(&request.id).await.map_or(0, |container| container.init.pid().unsigned_abs());
             Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..Default::default() })
         })
         .await
@@ -285,11 +351,7 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> TtrpcResult<Empty> {
         let id = request.id.clone();
         self.run("Shutdown", &id, |inner| async move {
-            if inner.containers().is_empty() {
-                inner.exit.signal();
-            } else {
-                tracing::debug!(id = request.id, "other containers are left");
-            }
+            inner.shut_down(&request.id);
             Ok(Empty::new())
         })
         .await
@@ -343,12 +405,36 @@ mod tests {
     #[tokio::test]
     async fn an_id_is_taken_while_its_container_is_created() {
         let (service, _) = service();
-        service.0.containers().insert("c".into(), None);
+        service.0.containers().insert("c".into(), Place::Creating { unwanted: false });
         let request = CreateTaskRequest { id: "c".into(), ..Default::default() };
         let created = service.run("Create", "c", |inner| async move { inner.create(&request).await }).await;
         assert_eq!(code(created.unwrap_err()), Code::ALREADY_EXISTS);
-        // But there is nothing yet to ask.
-        assert!(matches!(service.0.get("c"), Err(TaskError::NoContainer)));
         assert_eq!(service.0.containers().len(), 1, "somebody else's place was given up");
+    }
+
+    #[tokio::test]
+    async fn a_request_waits_for_a_container_that_is_created() {
+        let (service, _) = service();
+        service.0.containers().insert("c".into(), Place::Creating { unwanted: false });
+        let inner = service.0.clone();
+        let mut asked = tokio::spawn(async move { inner.get("c").await.map(|_| ()) });
+        assert!(tokio::time::timeout(Duration::from_millis(20), &mut asked).await.is_err());
+        drop(Taken { inner: &service.0, id: "c", kept: false });
+        assert!(matches!(asked.await.unwrap(), Err(TaskError::NoContainer)));
+    }
+
+    #[tokio::test]
+    async fn what_is_created_while_the_shim_is_shut_down_ends_it() {
+        let (service, exit) = service();
+        for id in ["c", "other"] {
+            service.0.containers().insert(id.into(), Place::Creating { unwanted: false });
+        }
+        service.0.shut_down("c");
+        drop(Taken { inner: &service.0, id: "c", kept: false });
+        // The other one is wanted still.
+        assert!(tokio::time::timeout(Duration::from_millis(20), exit.wait()).await.is_err());
+        service.0.shut_down("other");
+        drop(Taken { inner: &service.0, id: "other", kept: false });
+        tokio::time::timeout(Duration::from_secs(5), exit.wait()).await.unwrap();
     }
 }
