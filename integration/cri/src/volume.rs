@@ -36,6 +36,22 @@ impl MemoryVolume {
         &self.path
     }
 
+    /// A directory of it, made if it is missing, as kubelet passes it to a container with a `subPath`: bind-mounted to a place of
+    /// its own.
+    pub fn sub_path(&self, name: &str, container: &str, number: u32) -> Result<MemoryVolume, CriError> {
+        let directory = self.path.join(name);
+        let volume = self.path.file_name().expect("a volume's path ends with its name");
+        let pod = self.path.ancestors().nth(3).expect("a volume is three levels below its pod");
+        let path = pod.join("volume-subpaths").join(volume).join(container).join(number.to_string());
+        let failed = |source| CriError::Io { what: path.display().to_string(), source };
+        for made in [&directory, &path] {
+            fs::create_dir_all(made).map_err(failed)?;
+        }
+        mount(Some(&directory), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .map_err(|errno| failed(errno.into()))?;
+        Ok(Self { path, mounted: true })
+    }
+
     /// Names in its root, sorted.
     pub fn names(&self) -> Vec<OsString> {
         let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();

@@ -167,3 +167,55 @@ fn copied(cri: &Cri, image: &Path) -> PathBuf {
     }
     copy
 }
+
+/// Both containers have the volume: whoever comes second waits, and neither stays frozen.
+#[test]
+fn two_containers_of_a_pod_are_saved_at_once() {
+    let cri = Cri::start(&ContainerdVersion::installed().unwrap()).unwrap();
+    let spec = cri.pod("pod");
+    let volume = volume(&cri, &spec, 150 << 20);
+    let pod = spec.run().unwrap();
+    let (web, db) = two(&pod, &volume);
+    web.shell("head -c 100000000 /dev/urandom > /cache/file");
+    let containerd = cri.containerd();
+    let saved = std::thread::scope(|scope| {
+        let save = |id: &str, name: &str| {
+            let dir = containerd.dir().join(name).display().to_string();
+            let namespace = containerd.namespace();
+            let words =
+                ["fscheckpoint", "--namespace", namespace, "--leave-running", "--image-path", &dir, id];
+            containerd.stillframe(&words).map(|_| containerd.stillframe(&["inspect", &dir]).unwrap().stdout)
+        };
+        let (web, db) = (web.id(), db.id());
+        let first = scope.spawn(move || save(web, "first"));
+        let second = save(db, "second");
+        (first.join().unwrap(), second)
+    });
+    for inspected in [saved.0.unwrap(), saved.1.unwrap()] {
+        assert_eq!(filesystems(&inspected), [":/cache", ":/dev/shm"], "{inspected}");
+    }
+    db.shell("echo x > /elsewhere/more");
+    pod.remove().unwrap();
+    drop(volume);
+    nothing_left(&cri);
+}
+
+/// kubelet gives a container a part of a volume by a bind mount of its own; the whole volume is saved.
+#[test]
+fn a_part_of_a_volume_stands_for_the_whole_volume() {
+    let cri = Cri::start(&ContainerdVersion::installed().unwrap()).unwrap();
+    let spec = cri.pod("pod");
+    let volume = volume(&cri, &spec, 8 << 20);
+    let part = volume.sub_path("part", "web", 0).unwrap();
+    let pod = spec.run().unwrap();
+    let web = pod.container("web").mount(part.path(), "/part").start().unwrap();
+    web.shell("echo inside > /part/file");
+    std::fs::write(volume.path().join("outside"), "outside\n").unwrap();
+    let inspected = save(&cri, &web, &cri.containerd().dir().join("image")).unwrap();
+    assert_eq!(filesystems(&inspected), [":/cache", ":/dev/shm"], "{inspected}");
+    assert!(inspected.contains("outside") && inspected.contains("part/file"), "{inspected}");
+    pod.remove().unwrap();
+    drop(part);
+    drop(volume);
+    nothing_left(&cri);
+}
