@@ -76,13 +76,14 @@ impl Maker<'_> {
                 filestore: filestore.clone(),
                 existing: planned.existing.clone(),
                 restoring: false,
+                restored: false,
             };
             self.locked.put_filesystem(&name, &record)?;
             let mode = if pod.is_some() { DefaultMode::Absent } else { self.default_mode(planned)? };
             self.make(planned, &id, filestore.as_deref(), mode, &mountpoint)?;
         }
-        // A volume may have outlived the container that filled it.
-        let fresh = !there && (planned.existing.is_none() || is_empty(&id, &mountpoint)?);
+        let fresh =
+            if planned.existing.is_some() { self.is_unused(&name, &id, &mountpoint)? } else { !there };
         let disk = filestore.map(|path| DiskTarget {
             path,
             options: planned.superblock.clone(),
@@ -94,6 +95,14 @@ impl Maker<'_> {
         self.targets.push(Target { name, id, aliases, named, mountpoint, fresh, disk });
         self.of_mounts.push(self.targets.len() - 1);
         Ok(&self.targets[self.targets.len() - 1])
+    }
+
+    /// Whether a volume that somebody else has made may be restored: it wasn't yet, and holds nothing. It may have
+    /// outlived the container that filled it; and others may have it already, such as the pod's own container, which
+    /// has `/dev/shm`, without having put anything there.
+    fn is_unused(&self, name: &str, id: &ResourceId, mountpoint: &Path) -> Result<bool, PrepareError> {
+        let restored = self.locked.dir().filesystem(name)?.is_some_and(|record| record.restored);
+        Ok(!restored && holds_only_directories(id, mountpoint)?)
     }
 
     /// Records one more mount of a filesystem that is there.
@@ -172,6 +181,7 @@ impl Maker<'_> {
             let missing = || PrepareError::Vanished { name: name.clone() };
             let mut record = self.locked.dir().filesystem(name)?.ok_or_else(missing)?;
             record.restoring = restoring;
+            record.restored = !restoring;
             self.locked.put_filesystem(name, &record)?;
         }
         Ok(())
@@ -209,11 +219,20 @@ impl Maker<'_> {
     }
 }
 
-/// Whether nothing is on a filesystem.
-fn is_empty(id: &ResourceId, mountpoint: &Path) -> Result<bool, PrepareError> {
-    let entries = fs::read_dir(mountpoint);
-    let mut entries = entries.map_err(|source| PrepareError::List { id: id.clone(), source })?;
-    Ok(entries.next().is_none())
+/// Whether nothing but directories is on a volume: kubelet makes those of sub-paths before any container is there.
+fn holds_only_directories(id: &ResourceId, mountpoint: &Path) -> Result<bool, PrepareError> {
+    let fail = |source| PrepareError::List { id: id.clone(), source };
+    let mut directories = vec![mountpoint.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).map_err(fail)? {
+            let entry = entry.map_err(fail)?;
+            if !entry.file_type().map_err(fail)?.is_dir() {
+                return Ok(false);
+            }
+            directories.push(entry.path());
+        }
+    }
+    Ok(true)
 }
 
 /// Removes the filesystems of a container that nobody else has, and forgets it as a user of the others.
@@ -233,6 +252,11 @@ pub(crate) fn remove_of(locked: &Locked, container: &str) -> Result<(), RemoveEr
             remove(locked, &name, None)?;
             continue;
         };
+        if record.existing.is_some() && record.restoring {
+            // It outlives us, and whoever finds something on it takes it for whole.
+            clear(&record.resource_id, &dir.mountpoint(&name));
+            record.restoring = false;
+        }
         let before = record.users.len();
         record.users.retain(|user| user.container != container);
         if record.users.is_empty() {
@@ -244,15 +268,17 @@ pub(crate) fn remove_of(locked: &Locked, container: &str) -> Result<(), RemoveEr
     Ok(())
 }
 
-/// Removes what is on a volume, as far as possible.
+/// Removes what is on a volume, as far as possible, but for directories: kubelet may have bind-mounted some.
 fn clear(id: &ResourceId, mountpoint: &Path) {
-    let entries = fs::read_dir(mountpoint).into_iter().flatten().flatten();
-    for entry in entries {
-        let path = entry.path();
-        let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        if let Err(error) = removed {
-            tracing::error!(%id, path = %path.display(), %error, "what was restored by half can't be removed");
+    let mut directories = vec![mountpoint.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                directories.push(path);
+            } else if let Err(error) = fs::remove_file(&path) {
+                tracing::error!(%id, path = %path.display(), %error, "what was restored by half can't be removed");
+            }
         }
     }
 }
@@ -265,10 +291,6 @@ fn remove(locked: &Locked, name: &str, record: Option<&FilesystemRecord>) -> Res
         && let Err(error) = filestore::thaw(&mountpoint)
     {
         tracing::debug!(name, %error, "not thawed");
-    }
-    if let Some(record) = record.filter(|record| record.existing.is_some() && record.restoring) {
-        // It outlives us, and whoever finds something on it takes it for whole.
-        clear(&record.resource_id, &mountpoint);
     }
     unmount(&mountpoint)?;
     if let Some(path) = filestore {

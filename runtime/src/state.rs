@@ -105,6 +105,9 @@ pub struct FilesystemRecord {
     /// Whether it is being restored. If that isn't completed, what is on it is half of an image.
     #[serde(default)]
     pub restoring: bool,
+    /// Whether it was restored once.
+    #[serde(default)]
+    pub restored: bool,
 }
 
 impl FilesystemRecord {

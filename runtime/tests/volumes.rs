@@ -103,6 +103,43 @@ fn a_volume_comes_back_in_another_pod_with_its_first_container_and_stays_for_the
 }
 
 #[test]
+fn a_volume_is_restored_though_the_pods_own_container_has_it_and_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    let node = Node::new("new-uid");
+    // As kubelet does for a sub-path, and keeps it bind-mounted.
+    let sub = node.volume().join("sub");
+    fs::create_dir(&sub).unwrap();
+    let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&sub).unwrap());
+    let mut pod = Pod::new();
+    pod.prepare("pause", &node.config("pause", "/cache", ""), None).unwrap();
+    let first = pod.prepare("a", &node.config("web", "/cache", ""), Some(&image)).unwrap().restored.unwrap();
+    assert_eq!(first.restored.len(), 2);
+    assert_eq!(fs::read_to_string(node.shm().join("segment")).unwrap(), "shared");
+    assert_eq!(std::os::unix::fs::MetadataExt::ino(&fs::metadata(&sub).unwrap()), inode);
+    // Emptied by the application: that is how it is now.
+    fs::remove_file(node.shm().join("segment")).unwrap();
+    let again = pod.prepare("b", &node.config("db", "/other", ""), Some(&image)).unwrap().restored.unwrap();
+    assert_eq!(again.restored, []);
+    assert!(!node.shm().join("segment").exists());
+}
+
+#[test]
+fn a_failed_restore_beside_another_container_leaves_the_volume_empty() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    let pages = fs::OpenOptions::new().write(true).open(image.join("pages.img")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&pages, b"damaged", 50_000).unwrap();
+    let node = Node::new("new-uid");
+    fs::create_dir(node.volume().join("sub")).unwrap();
+    let mut pod = Pod::new();
+    pod.prepare("pause", &node.config("pause", "/cache", ""), None).unwrap();
+    pod.prepare("a", &node.config("web", "/cache", ""), Some(&image)).map(|_| ()).unwrap_err();
+    assert!(!node.volume().join("data").exists() && !node.shm().join("segment").exists());
+    assert!(node.volume().join("sub").is_dir());
+}
+
+#[test]
 fn a_restore_that_fails_leaves_the_volume_empty() {
     let dir = tempfile::tempdir().unwrap();
     let image = image(dir.path());

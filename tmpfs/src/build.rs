@@ -273,7 +273,11 @@ impl Builder<'_> {
         let name = entry.name.as_slice();
         match &entry.kind {
             Kind::Directory => {
-                rustix::fs::mkdirat(parent, name, Mode::RWXU)?;
+                match rustix::fs::mkdirat(parent, name, Mode::RWXU) {
+                    // Only on a volume that somebody has made directories on: names are unique in a tree.
+                    Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                    Err(error) => return Err(error.into()),
+                }
                 let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let made = rustix::fs::openat(parent, name, flags, Mode::empty())?;
                 return self.opened_directory(index, File::from(made));
