@@ -309,8 +309,7 @@ fn copy_ahead(
         if selected.record.filestore.is_some() {
             return Ok(None);
         }
-        let id = || selected.record.resource_id.clone();
-        Ahead::copy(view, &memory).map_err(|source| CheckpointError::Save { id: id(), source })
+        Ahead::copy(view, &memory).map_err(|source| save_failed(&selected.record.resource_id, image, source))
     };
     selected.iter().zip(views).map(copy).collect()
 }
@@ -352,7 +351,7 @@ fn save(
                 save_private_tree(view, &container.ids, tree)
             }
         };
-        let (out, summary) = saved.map_err(|source| CheckpointError::Save { id: id.clone(), source })?;
+        let (out, summary) = saved.map_err(|source| save_failed(id, image, source))?;
         tree = out;
         copied_ahead += summary.copied_ahead;
         filesystems.push(SavedFilesystem {
@@ -399,6 +398,14 @@ fn commit(
     };
     image.commit(&manifest)?;
     Ok((manifest, pages))
+}
+
+/// A full disk is found out while some file is being saved, which has nothing to do with it.
+fn save_failed(id: &ResourceId, image: &ImageWriter, source: SaveTreeError) -> CheckpointError {
+    match source {
+        SaveTreeError::Pages { source, .. } if source.is_of_pages_file() => pages_failed(image, source),
+        source => CheckpointError::Save { id: id.clone(), source },
+    }
 }
 
 pub(crate) fn pages_failed(image: &ImageWriter, source: SaveError) -> CheckpointError {

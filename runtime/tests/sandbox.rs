@@ -347,6 +347,7 @@ fn a_checkpoint_that_fails_leaves_nothing_and_names_the_cause() {
     check(&full.join("image"), "Read-only file system");
     assert!(Command::new("umount").arg(&full).status().unwrap().success());
     mount("size=300k");
+    check(&full.join("deep/image"), "deep/image/pages.img");
     check(&full.join("deep/image"), "No space left on device");
     assert_eq!(fs::read_dir(&full).unwrap().count(), 0, "what was made is removed");
     assert!(Command::new("umount").arg(&full).status().unwrap().success());

@@ -119,3 +119,24 @@ pub enum SaveError {
     #[error("the main MemoryFile is saved range by range, not as a whole")]
     MainMemoryFile,
 }
+
+impl SaveError {
+    /// Whether the pages file is at fault, and not the file whose pages were to be saved when that was found out.
+    pub fn is_of_pages_file(&self) -> bool {
+        match self {
+            Self::NotEmpty { .. }
+            | Self::Direct { .. }
+            | Self::Extend { .. }
+            | Self::Write { .. }
+            | Self::Ring { .. }
+            | Self::Sync { .. } => true,
+            Self::Examine { .. }
+            | Self::Thread { .. }
+            | Self::Unaligned { .. }
+            | Self::Truncated { .. }
+            | Self::Read { .. }
+            | Self::Map { .. }
+            | Self::Buffer { .. } => false,
+        }
+    }
+}
