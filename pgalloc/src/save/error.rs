@@ -136,7 +136,8 @@ impl SaveError {
             | Self::Truncated { .. }
             | Self::Read { .. }
             | Self::Map { .. }
-            | Self::Buffer { .. } => false,
+            | Self::Buffer { .. }
+            | Self::MainMemoryFile => false,
         }
     }
 }
