@@ -236,8 +236,9 @@ fn a_full_disk_ends_a_save_with_an_error() {
             other => panic!("{other}"),
         };
         assert_eq!(source.raw_os_error(), Some(libc::ENOSPC), "{error}");
-        // Room ahead must not be what fails: nearly all of the disk was used.
-        assert!((24 << 20..=32 << 20).contains(&at), "{kind}, {direct:?}: {error}");
+        // Room ahead must not be what fails: nearly all of the disk was used. Of 16 writes of 1 MiB that are in flight
+        // and find no room, any may be the first that says so.
+        assert!((24 << 20..=48 << 20).contains(&at), "{kind}, {direct:?}: {error}");
     }
 }
 
