@@ -35,11 +35,13 @@ struct PoolState {
     free: Vec<MmapMut>,
     /// Buffers that may still be made.
     unmade: usize,
+    /// Who waits for one. To wake nobody would be a system call, too.
+    waiting: usize,
 }
 
 impl BufferPool {
     pub(crate) fn new(length: usize, limit: usize) -> Arc<Self> {
-        let state = Mutex::new(PoolState { free: Vec::new(), unmade: limit });
+        let state = Mutex::new(PoolState { free: Vec::new(), unmade: limit, waiting: 0 });
         Arc::new(Self { length, state, returned: Condvar::new() })
     }
 
@@ -61,7 +63,9 @@ impl BufferPool {
                 state.unmade -= 1;
                 return Ok(PageBuffer { map: Some(map), pool: self.clone() });
             }
+            state.waiting += 1;
             state = wait(&self.returned, state);
+            state.waiting -= 1;
         }
     }
 }
@@ -90,8 +94,12 @@ impl DerefMut for PageBuffer {
 
 impl Drop for PageBuffer {
     fn drop(&mut self) {
-        lock(&self.pool.state).free.extend(self.map.take());
-        self.pool.returned.notify_one();
+        let mut state = lock(&self.pool.state);
+        state.free.extend(self.map.take());
+        if state.waiting > 0 {
+            drop(state);
+            self.pool.returned.notify_one();
+        }
     }
 }
 

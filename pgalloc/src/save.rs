@@ -1,13 +1,19 @@
 //! Saving pages to the pages file.
 //!
 //! ```text
-//! producers (callers' threads)                             writer (one thread)
-//! map or read a range, find its pages that aren't zero  -> digest, gather to writes of 1 MiB,
-//! give them the next offsets, under one lock               many in flight, directly from the memory
+//! producers (callers' threads, a second one for some)      writer (one thread)
+//! plan: cut a range's data into parts                   -> digest, gather to writes of 1 MiB,
+//! job: map or read a part, find its zero pages             many in flight, directly from the memory
+//! tail: give the rest the next offsets, under one lock
 //! ```
 //!
+//! Where there is more to look at than to write, scattered pages and zeros, a call is slower than the disk alone, and
+//! a second thread helps it (`relay`). Small files and plain data never start one.
+//!
 //! **Memory.** At most 16 gather buffers and 16 read buffers of 1 MiB (32 MiB), 128 KiB of scratch for each thread
-//! that saves at the same time, and 40 MiB of source files mapped and not yet written. Who wants more waits.
+//! that saves at the same time, and 40 MiB of source files mapped and not yet written. Who wants more waits. Parts
+//! get their memory in order, when they are cut: the first one of a call that isn't appended yet waits for nothing but
+//! the writer, and so calls can't wait for each other.
 //!
 //! **Still files.** [`AsyncMemoryFileSave::write_range`] takes large ranges straight from their mapping, without a
 //! copy, after it has returned. So the source must be *still* from the call until `settle`: neither written nor
@@ -24,7 +30,10 @@
 //! Mirrors gVisor's `AsyncPagesFileSave` and `AsyncMemoryFileSave` (pkg/sentry/pgalloc).
 
 mod error;
+mod job;
 mod pages_file;
+mod plan;
+mod relay;
 mod source;
 mod tail;
 mod writer;
@@ -32,27 +41,27 @@ mod writer;
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
 pub use error::SaveError;
 
 use crate::Direct;
-use crate::buffer::{Budget, BufferPool, lock};
+use crate::buffer::{Budget, BufferPool};
 use crate::digest::DigestTable;
 use crate::memory_file::MemoryFile;
-use crate::page::{FileRange, PAGE_SIZE, PageExtent, page_floor};
-use crate::sys::mapping::{FileMapping, MappingError};
-use crate::zero::data_runs;
+use crate::page::{FileRange, PageExtent};
+use job::Job;
 use pages_file::PagesFile;
-use source::{check_range, next_data, read_error, read_up_to};
 use tail::Tail;
-pub(crate) use tail::{PageMemory, Segment, Write};
+pub(crate) use tail::Write;
+#[cfg(test)]
+pub(crate) use tail::{PageMemory, Segment};
 use writer::Writer;
 
 /// Bytes of a buffer, and buffers of each kind.
 const BUFFERS: (usize, usize) = (1 << 20, 16);
-/// Data up to so many bytes is copied: pread(2) is faster than a mapping there, and writes get larger.
+/// Runs of data up to so many bytes are copied: pread(2) is faster than a mapping there, and writes get larger.
 const SMALL: usize = 128 << 10;
 /// Bytes that are mapped at a time, and in all.
 const MAPPED: (u64, u64) = (4 << 20, 40 << 20);
@@ -98,7 +107,8 @@ pub struct PagesFileSummary {
 pub struct AsyncPagesFileSave {
     tail: Tail,
     read_buffers: Arc<BufferPool>,
-    scratch: Mutex<Vec<Vec<u8>>>,
+    /// Buffers of [`SMALL`] bytes, without a limit: each thread has one at a time, and gives it back.
+    scratch: Arc<BufferPool>,
     mapped: Arc<Budget>,
     failure: Arc<OnceLock<SaveError>>,
     zero_bytes: AtomicU64,
@@ -133,7 +143,7 @@ impl AsyncPagesFileSave {
         Ok(Self {
             tail: Tail::new(BufferPool::new(BUFFERS.0, BUFFERS.1), sender),
             read_buffers: BufferPool::new(BUFFERS.0, BUFFERS.1),
-            scratch: Mutex::new(Vec::new()),
+            scratch: BufferPool::new(SMALL, usize::MAX),
             mapped: Budget::new(MAPPED.1),
             failure,
             zero_bytes: AtomicU64::new(0),
@@ -255,152 +265,9 @@ impl AsyncMemoryFileSave<'_> {
 
     fn write(&self, source: &File, range: FileRange, still: bool) -> Result<Vec<PageExtent>, SaveError> {
         self.pages.check()?;
-        let mut job = Job { pages: self.pages, source, range, still, extents: Vec::new() };
-        // A read tells small files' holes and size as well as two more system calls would.
-        let small = range.len() <= SMALL as u64;
-        check_range(source, range, still && !small)?;
-        if small {
-            job.copy(range)?;
-        } else {
-            let mut position = range.start();
-            while let Some(data) = next_data(source, range, position)? {
-                job.data(data)?;
-                position = data.end();
-            }
-        }
-        let saved = job.extents.iter().map(|extent| extent.length).sum();
+        let extents = Job::new(self.pages, source, range, still).save()?;
+        let saved = extents.iter().map(|extent| extent.length).sum();
         self.pages.data_bytes.fetch_add(saved, Ordering::Relaxed);
-        Ok(job.extents)
+        Ok(extents)
     }
-}
-
-/// One call of `write_range`.
-struct Job<'a> {
-    pages: &'a AsyncPagesFileSave,
-    source: &'a File,
-    range: FileRange,
-    still: bool,
-    extents: Vec<PageExtent>,
-}
-
-impl Job<'_> {
-    /// Saves data, which no hole interrupts.
-    fn data(&mut self, data: FileRange) -> Result<(), SaveError> {
-        let mut start = data.start();
-        // Behind the end of a file its last page may have what a mapping has put there, so it is read, not mapped.
-        let whole = page_floor(data.end());
-        while whole - start > SMALL as u64 {
-            self.pages.check()?;
-            // Cut at multiples, so that huge pages are mapped as such.
-            let size = if self.still { MAPPED.0 } else { BUFFERS.0 as u64 };
-            let end = whole.min((start + 1).next_multiple_of(size));
-            let part = subrange(start, end);
-            if self.still {
-                self.map(part)?
-            } else {
-                self.read(part)?
-            }
-            start = end;
-        }
-        while start < data.end() {
-            let end = data.end().min(start + SMALL as u64);
-            self.copy(subrange(start, end))?;
-            start = end;
-        }
-        Ok(())
-    }
-
-    /// Saves up to [`SMALL`] bytes by copying those that aren't zero.
-    fn copy(&mut self, part: FileRange) -> Result<(), SaveError> {
-        let mut scratch = lock(&self.pages.scratch).pop().unwrap_or_else(|| vec![0; SMALL]);
-        let read = self.fill(&mut scratch, part)?;
-        self.append_copies(part.start(), &scratch[..read])?;
-        lock(&self.pages.scratch).push(scratch);
-        Ok(())
-    }
-
-    /// Saves whole pages, up to a buffer, from a buffer.
-    fn read(&mut self, part: FileRange) -> Result<(), SaveError> {
-        let buffers = &self.pages.read_buffers;
-        let mut buffer = buffers
-            .take()
-            .map_err(|source| SaveError::Buffer { length: buffers.length(), source: Arc::new(source) })?;
-        let read = self.fill(&mut buffer, part)?;
-        self.append(part.start(), PageMemory::Buffered(Arc::new(buffer)), read)
-    }
-
-    /// Saves whole pages from their mapping.
-    fn map(&mut self, part: FileRange) -> Result<(), SaveError> {
-        let permit = self.pages.mapped.take(part.len());
-        match FileMapping::new(self.source, part.start(), part.len() as usize) {
-            Ok(mapping) => {
-                let memory = PageMemory::Mapped(Arc::new((mapping, permit)));
-                self.append(part.start(), memory, part.len() as usize)
-            }
-            Err(MappingError::Map(source)) => {
-                Err(SaveError::Map { offset: part.start(), length: part.len(), source: Arc::new(source) })
-            }
-            Err(MappingError::Page(offset, source)) => {
-                let offset = part.start() + offset as u64;
-                check_range(self.source, self.range, true)?;
-                Err(read_error(offset, source))
-            }
-            Err(MappingError::Unsupported) => {
-                drop(permit);
-                let mut start = part.start();
-                while start < part.end() {
-                    let end = part.end().min(start + BUFFERS.0 as u64);
-                    self.read(subrange(start, end))?;
-                    start = end;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// Reads `part`; returns the bytes there are, in whole pages unless the part ends inside one.
-    fn fill(&self, buffer: &mut [u8], part: FileRange) -> Result<usize, SaveError> {
-        let buffer = &mut buffer[..part.len() as usize];
-        let read = read_up_to(self.source, buffer, part.start())?;
-        if read < buffer.len() {
-            if self.still {
-                return Err(SaveError::Truncated { range: self.range, offset: part.start() + read as u64 });
-            }
-            // Where a live file ended is not where it will end: only the range decides which page is the last.
-            let end = read.next_multiple_of(PAGE_SIZE as usize).min(buffer.len());
-            buffer[read..end].fill(0);
-            return Ok(end);
-        }
-        Ok(read)
-    }
-
-    fn append_copies(&mut self, offset: u64, bytes: &[u8]) -> Result<(), SaveError> {
-        // Found before the tail is locked.
-        let runs: Vec<_> = data_runs(bytes).collect();
-        let data = runs.iter().map(|run| run.len()).sum::<usize>();
-        self.pages.zero_bytes.fetch_add((bytes.len() - data) as u64, Ordering::Relaxed);
-        let pieces = runs.into_iter().map(|run| (offset + run.start as u64, &bytes[run]));
-        self.pages.tail.append_copies(pieces, &mut self.extents)
-    }
-
-    /// Appends the first `length` bytes of `memory` by reference, or copies them if only few aren't zero.
-    fn append(&mut self, offset: u64, memory: PageMemory, length: usize) -> Result<(), SaveError> {
-        let runs: Vec<_> = data_runs(&memory.bytes()[..length]).collect();
-        let data = runs.iter().map(|run| run.len()).sum::<usize>();
-        if data <= SMALL {
-            return self.append_copies(offset, &memory.bytes()[..length]);
-        }
-        self.pages.zero_bytes.fetch_add((length - data) as u64, Ordering::Relaxed);
-        let pieces = runs.into_iter().map(|run| {
-            let segment = Segment { memory: memory.clone(), start: run.start, length: run.len() };
-            (offset + run.start as u64, segment)
-        });
-        self.pages.tail.append_segments(pieces.collect(), &mut self.extents);
-        Ok(())
-    }
-}
-
-/// A part of a valid range.
-fn subrange(start: u64, end: u64) -> FileRange {
-    FileRange::new(start, end).expect("a part of a valid range is one")
 }

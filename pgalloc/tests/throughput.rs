@@ -1,21 +1,22 @@
-//! How fast pages are saved and loaded, next to dd. To be run alone, in a release build:
+//! How fast pages are saved and loaded, next to dd, cp and tar. To be run alone, in a release build:
 //!
 //! ```text
 //! cargo test --release -p stillframe-pgalloc --test throughput -- --ignored --nocapture
 //! ```
 //!
 //! Prints figures; what they are worth depends on the machine, so nothing is asserted but that the work was done.
-//! Takes 2 GiB of memory and 1 GiB of disk (in the target directory).
+//! Takes 5 GiB of memory and 4 GiB of disk (in the target directory). `WITHOUT_TOOLS=1` leaves cp and tar out.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use stillframe_pgalloc::{
     AsyncPagesFileLoad, AsyncPagesFileSave, Direct, FileRange, LoadOptions, LoadTarget, MemoryFile,
-    PageExtent, PagesFileSummary, SaveOptions,
+    PAGE_SIZE, PageExtent, PagesFileSummary, SaveOptions,
 };
 
 const MEMORY: &str = "/dev/shm";
@@ -35,7 +36,7 @@ fn measure(what: &str, bytes: u64, mut round: impl FnMut() -> Duration) -> f64 {
     rate
 }
 
-fn filled(path: &std::path::Path, length: u64) -> Arc<File> {
+fn filled(path: &Path, length: u64) -> Arc<File> {
     let file = File::create_new(path).unwrap();
     let mut block: Vec<u8> =
         (0..1 << 20).map(|index: u32| (index.wrapping_mul(0x9e37_79b1) >> 13) as u8).collect();
@@ -127,29 +128,112 @@ fn one_large_file() {
 #[test]
 #[ignore = "a benchmark"]
 fn zeros() {
-    let file = tempfile::tempfile_in(MEMORY).unwrap();
+    let directory = tempfile::tempdir_in(MEMORY).unwrap();
+    let path = directory.path().join("source");
+    let file = File::create_new(&path).unwrap();
     let zeros = vec![0; 1 << 20];
     for offset in (0..GIB).step_by(zeros.len()) {
         file.write_all_at(&zeros, offset).unwrap();
     }
-    let sources = [Arc::new(file)];
-    measure("save of zeros", GIB, || save(&sources, GIB, DISK, Direct::Auto, false).0);
+    let target = tempfile::tempdir_in(DISK).unwrap();
+    let copy = target.path().join("copy");
+    compare(
+        GIB,
+        ("cp --sparse=always", || run(Command::new("cp").arg("--sparse=always").arg(&path).arg(&copy))),
+        &[Arc::new(file)],
+        GIB,
+    );
+}
+
+#[test]
+#[ignore = "a benchmark"]
+fn scattered_pages() {
+    const PAGES: u64 = 200_000;
+    let directory = tempfile::tempdir_in(MEMORY).unwrap();
+    let target = tempfile::tempdir_in(DISK).unwrap();
+    let archive = target.path().join("archive");
+    // Of so many pages one, at a place in each group that looks random but is the same every time.
+    for group in [2, 10, 100] {
+        let path = directory.path().join("source");
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        let length = PAGES * group * PAGE_SIZE;
+        file.set_len(length).unwrap();
+        for index in 0..PAGES {
+            let page = index * group + (index.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) % group;
+            file.write_all_at(&[index as u8 | 1; PAGE_SIZE as usize], page * PAGE_SIZE).unwrap();
+        }
+        println!("{PAGES} pages, one in {group}");
+        let tar = || {
+            let _ = std::fs::remove_file(&archive);
+            run(Command::new("tar")
+                .args(["--sparse", "-C"])
+                .arg(directory.path())
+                .arg("-cf")
+                .args([&archive, Path::new("source")]))
+                + run(Command::new("sync").arg(&archive))
+        };
+        compare(PAGES * PAGE_SIZE, ("tar --sparse, sync", tar), &[Arc::new(file)], length);
+    }
+}
+
+fn run(command: &mut Command) -> Duration {
+    let start = Instant::now();
+    assert!(command.status().unwrap().success());
+    start.elapsed()
+}
+
+/// A tool, then a save, of still files and of live ones.
+fn compare(bytes: u64, tool: (&str, impl FnMut() -> Duration), sources: &[Arc<File>], length: u64) {
+    if std::env::var_os("WITHOUT_TOOLS").is_none() {
+        measure(tool.0, bytes, tool.1);
+    }
+    measure("save", bytes, || save(sources, length, DISK, Direct::Auto, false).0);
+    measure("save, live file", bytes, || save(sources, length, DISK, Direct::Auto, true).0);
 }
 
 #[test]
 #[ignore = "a benchmark"]
 fn small_files() {
     const FILES: usize = 50_000;
-    // One file stands for all: what it costs to find and open them is not ours.
+    let files = FILES as f64;
     let directory = tempfile::tempdir_in(MEMORY).unwrap();
-    let sources = vec![filled(&directory.path().join("source"), 1 << 20); FILES];
-    let bytes = FILES as u64 * 4096;
-    measure("save of 50,000 files of 4 KiB, direct", bytes, || {
-        save(&sources, 4096, DISK, Direct::Auto, false).0
-    });
-    let mut saved = save(&sources, 4096, DISK, Direct::Never, false).1;
-    saved.2.truncate(1000);
+    let paths: Vec<_> = (0..FILES).map(|index| directory.path().join(index.to_string())).collect();
+    for (index, path) in paths.iter().enumerate() {
+        std::fs::write(path, vec![index as u8 | 1; 4096]).unwrap();
+    }
+    for (what, directory, direct) in [
+        ("save of 50,000 files of 4 KiB", DISK, Direct::Auto),
+        ("save of 50,000 files of 4 KiB to tmpfs", MEMORY, Direct::Auto),
+    ] {
+        let pages = files * 4096.0;
+        let rate = measure(what, pages as u64, || {
+            // Descriptors are few, so they are opened a thousand at a time, which doesn't count.
+            let pages = tempfile::tempfile_in(directory).unwrap();
+            let options = SaveOptions { direct, ..Default::default() };
+            let mut elapsed = Duration::ZERO;
+            let save = AsyncPagesFileSave::new(pages, options).unwrap();
+            let main = save.register_memory_file(&MemoryFile::main()).unwrap();
+            let range = FileRange::new(0, 4096).unwrap();
+            for paths in paths.chunks(1000) {
+                let opened: Vec<_> = paths.iter().map(|path| Arc::new(File::open(path).unwrap())).collect();
+                let start = Instant::now();
+                for file in &opened {
+                    main.write_range(file, range).unwrap();
+                }
+                elapsed += start.elapsed();
+            }
+            let start = Instant::now();
+            save.finish().unwrap();
+            elapsed + start.elapsed()
+        });
+        println!("{:50} {:7.0} files/s", "", rate * 1e9 / 4096.0);
+    }
+    let mut saved =
+        save(&[filled(&directory.path().join("source"), 1 << 20)], 4096, DISK, Direct::Never, false).1;
+    saved.2 = vec![saved.2[0].clone(); 1000];
     for threads in [1, 2] {
-        measure(&format!("load of 1,000 of them, {threads} threads"), 4096 * 1000, || load(&saved, threads));
+        measure(&format!("load of 1,000 files of 4 KiB, {threads} threads"), 4096 * 1000, || {
+            load(&saved, threads)
+        });
     }
 }

@@ -4,6 +4,7 @@
 //! into a *gather buffer*, which goes to the writer when it is full, when memory appended by reference must follow
 //! it, or at the end. The writer never takes this lock, so it may be held while waiting for a gather buffer.
 
+use std::ops::Range;
 use std::sync::mpsc::{SendError, Sender};
 use std::sync::{Arc, Mutex};
 
@@ -93,23 +94,30 @@ impl Tail {
         Ok(())
     }
 
-    /// Appends whole pages by reference, each piece with its offset in its file.
-    pub(crate) fn append_segments(&self, pieces: Vec<(u64, Segment)>, extents: &mut Vec<PageExtent>) {
+    /// Appends pieces of `memory` by reference, each with its offset in its file. They are whole pages, the last bytes of
+    /// which may be zeros that aren't the file's.
+    pub(crate) fn append_pages(
+        &self,
+        memory: &PageMemory,
+        pieces: &[(u64, Range<usize>)],
+        extents: &mut Vec<PageExtent>,
+    ) {
         let mut state = lock(&self.state);
         state.send_gathered();
-        let segments = pieces
-            .into_iter()
-            .map(|(file_offset, segment)| {
-                debug_assert!(segment.length.is_multiple_of(PAGE_SIZE as usize));
-                let length = segment.length as u64;
-                push_extent(
-                    extents,
-                    PageExtent { file_offset, length, pages_offset: PagesOffset(state.next) },
-                );
-                state.next += length;
-                segment
-            })
-            .collect();
+        let mut segments: Vec<Segment> = Vec::new();
+        for (file_offset, piece) in pieces {
+            let pages_offset = PagesOffset(state.next);
+            push_extent(
+                extents,
+                PageExtent { file_offset: *file_offset, length: piece.len() as u64, pages_offset },
+            );
+            let length = piece.len().next_multiple_of(PAGE_SIZE as usize);
+            state.next += length as u64;
+            match segments.last_mut() {
+                Some(last) if last.start + last.length == piece.start => last.length += length,
+                _ => segments.push(Segment { memory: memory.clone(), start: piece.start, length }),
+            }
+        }
         state.send(segments);
     }
 
@@ -208,23 +216,31 @@ mod tests {
         let gather_buffers = BufferPool::new(8192, 8);
         gather_buffers.take().unwrap().fill(0xee);
         let tail = Tail::new(gather_buffers, sender);
-        let buffer = BufferPool::new(8192, 1).take().unwrap();
+        let buffer = BufferPool::new(32768, 1).take().unwrap();
         let memory = PageMemory::Buffered(Arc::new(buffer));
         let mut extents = vec![];
         tail.append_copies([(0, &[1u8; 5000][..]), (16384, &[2; 4096])].into_iter(), &mut extents).unwrap();
-        tail.append_segments(vec![(0, Segment { memory, start: 4096, length: 4096 })], &mut extents);
+        // The first two touch in memory, not in their file.
+        let pieces = [(0, 4096..8192), (40960, 8192..12288), (45056, 20480..20490)];
+        tail.append_pages(&memory, &pieces, &mut extents);
         tail.append_copies([(0, &[3u8; 1][..])].into_iter(), &mut extents).unwrap();
-        assert_eq!(tail.close(), 5 * 4096);
+        assert_eq!(tail.close(), 7 * 4096);
         let segments: Vec<Segment> = receiver.iter().flatten().collect();
         let lengths: Vec<usize> = segments.iter().map(|segment| segment.length).collect();
-        assert_eq!(lengths, [8192, 4096, 4096, 4096]);
+        assert_eq!(lengths, [8192, 4096, 8192, 4096, 4096]);
         assert!(
             segments[0].bytes()[5000..].iter().all(|&byte| byte == 0),
             "a last page isn't filled up with zeros"
         );
         assert_eq!(
             extents,
-            [extent(0, 5000, 0), extent(16384, 4096, 8192), extent(0, 4096, 12288), extent(0, 1, 16384)]
+            [
+                extent(0, 5000, 0),
+                extent(16384, 4096, 8192),
+                extent(0, 4096, 12288),
+                extent(40960, 4106, 16384),
+                extent(0, 1, 24576)
+            ]
         );
     }
 }
