@@ -1,8 +1,8 @@
 //! Cutting a range into [`Part`]s, in the order of the file. A part is what one thread gets at a time.
 //!
 //! Long runs of data are mapped, if the file is still. Shorter ones, and all of a live file, are gathered to parts that
-//! fill a buffer, so that the scattered pages of a file are read with one system call each and need no copy more than
-//! that. Holes are in no part.
+//! fill a buffer, each run read by a pread(2) of its own, behind the one before: the buffer is written as it is. Holes
+//! are in no part and never read: where one page in ten is there, reading whole windows takes up to twice as long.
 //!
 //! A part comes with its memory, which [`Plan::next`] may wait for. So whoever cuts parts for several threads, under a
 //! lock, gives the memory there is to the parts that are appended first.
