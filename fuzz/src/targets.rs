@@ -53,7 +53,7 @@ pub fn encode(tree: &Tree) -> Vec<u8> {
     let path = |index: usize| tree.path(index).0[1..].to_vec();
     for (index, entry) in tree.entries.iter().enumerate() {
         let link = if let Kind::HardLink { target } = entry.kind { path(target) } else { Vec::new() };
-        let appended = writer.append(&path(index), &entry.kind, &entry.attributes, &link);
+        let appended = writer.append(&path(index), entry.parent, &entry.kind, &entry.attributes, &link);
         appended.expect("a Vec takes everything");
     }
     writer.finish().expect("a Vec takes everything")

@@ -5,8 +5,9 @@
 //! Inode flags are `SCHILY.fflags`, which bsdtar restores. What tar has no way to say: sockets, which are
 //! left out with a warning as tar does, and with them their further names.
 //!
-//! Names are those of the tree, `./a/b`, of any bytes and length; where they are longer than PATH_MAX, no tar can make
-//! them. Contents are verified against the image's digests before they are written, a window of [`WINDOW`] bytes at a
+//! Names are those of the tree, `./a/b`, of any bytes, up to [`LONGEST_PATH`]; where they are longer than PATH_MAX, few tars
+//! can make them. A longer one is refused before anything is written: an archive has each path in full, so that a deep
+//! tree would become as large as its depth squared. Contents are verified against the image's digests before they are written, a window of [`WINDOW`] bytes at a
 //! time; besides it, memory holds the decoded tree and one file's map. What fails leaves an archive without an end.
 
 use std::fs::File;
@@ -31,6 +32,8 @@ const WINDOW: u64 = 1 << 20;
 const SPARSE_DIRECTORY: &[u8] = b"./GNUSparseFile.0/";
 /// Bytes of a name that a header holds.
 const NAME_FIELD: usize = 100;
+/// Most bytes of a path.
+const LONGEST_PATH: usize = 1 << 20;
 /// Inode flags (linux/fs.h) and what libarchive calls them.
 const FLAGS: [(u32, &str); 3] = [(0x20, "sappnd"), (0x10, "schg"), (0x40, "nodump")];
 
@@ -65,6 +68,19 @@ pub enum ExportError {
         /// Why.
         #[source]
         source: PrivateError,
+    },
+    /// A path is too long.
+    #[error(
+        "\"{name}\" lies so deep that its path has {length} bytes; an archive has the path of each file in full, and \
+         those of this image can have up to {longest}: restore it instead"
+    )]
+    TooDeep {
+        /// The last component of the path.
+        name: PathName,
+        /// Bytes of the path.
+        length: usize,
+        /// Most bytes of one.
+        longest: usize,
     },
     /// Binary data is nothing to print.
     #[error("the archive isn't written to a terminal: give -o FILE, or pipe it to tar")]
@@ -127,6 +143,7 @@ pub fn export(
     progress: &mut impl Progress,
 ) -> Result<(), ExportError> {
     let mut tree = image.decode_tree(index)?;
+    judge_paths(&tree)?;
     if let Some(private) = image.private_file(index) {
         let id = &image.manifest.filesystems[index].resource_id;
         let failed = |source| ExportError::Private { id: id.clone(), source };
@@ -140,6 +157,19 @@ pub fn export(
         Exporter { tree: &tree, pages, out, progress, block: Vec::new(), records: Records::default() };
     (0..tree.entries.len()).try_for_each(|index| exporter.entry(index))?;
     exporter.out.write_all(&TRAILER).and_then(|()| exporter.out.flush()).map_err(ExportError::Write)
+}
+
+fn judge_paths(tree: &Tree) -> Result<(), ExportError> {
+    let mut lengths: Vec<usize> = Vec::with_capacity(tree.entries.len());
+    for entry in &tree.entries {
+        let length = lengths.get(entry.parent).map_or(1, |parent| parent + 1 + entry.name.len());
+        if length > LONGEST_PATH {
+            let name = PathName(entry.name.clone());
+            return Err(ExportError::TooDeep { name, length, longest: LONGEST_PATH });
+        }
+        lengths.push(length);
+    }
+    Ok(())
 }
 
 fn extents(entry: &Entry) -> &[PageExtent] {

@@ -213,3 +213,22 @@ fn a_terminal_is_refused() {
     let _ = master.read_to_end(&mut written);
     assert_eq!(written, b"");
 }
+
+#[test]
+fn a_tree_with_paths_of_megabytes_is_refused_before_anything_is_written() {
+    let old = Tmpfs::new(&[]);
+    let mut dir = File::open(old.path()).unwrap();
+    for _ in 0..4200 {
+        rustix::fs::mkdirat(&dir, [b'd'; 250].as_slice(), rustix::fs::Mode::RWXU).unwrap();
+        let flags = rustix::fs::OFlags::DIRECTORY;
+        let opened = rustix::fs::openat(&dir, [b'd'; 250].as_slice(), flags, rustix::fs::Mode::empty());
+        dir = File::from(opened.unwrap());
+    }
+    let image = image_of(&[&old]);
+    let output = stillframe(&[], image.path()).output().unwrap();
+    assert!(!output.status.success());
+    assert_eq!(output.stdout, b"");
+    let message = stderr(&output);
+    // The 4178th directory is the first one: 1 + 4178 * 251.
+    assert!(message.contains("its path has 1048679 bytes") && message.contains("up to 1048576"), "{message}");
+}

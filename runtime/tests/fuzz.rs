@@ -150,6 +150,11 @@ fn trees() -> Vec<(&'static str, Vec<u8>)> {
     // The record's number of extents: the last 4 of its first 40 bytes.
     let record = bomb.len() - 1024 - 512;
     bomb[record + 36..record + 40].fill(0xff);
+    // Names by number, since paths are too long from the 16th on; and what such names mustn't say.
+    let mut deep = vec![root()];
+    (0..17).for_each(|parent| deep.push(entry(parent, &[b'd'; 250], Kind::Directory)));
+    deep.push(entry(17, b"f", Kind::Fifo));
+    deep.push(entry(3, b"link", Kind::HardLink { target: 18 }));
     let mut below_a_link = vec![root(), entry(0, b"l", Kind::Symlink { target: b"/etc".to_vec() })];
     below_a_link.push(entry(1, b"passwd", Kind::Fifo));
     vec![
@@ -158,6 +163,10 @@ fn trees() -> Vec<(&'static str, Vec<u8>)> {
         ("cut", cut),
         ("a-billion-extents", bomb),
         ("parent-is-a-symlink", encode(below_a_link)),
+        ("deep", encode(deep)),
+        ("number-of-no-directory", renamed(b"@1/x")),
+        ("number-without-end", renamed(b"@18446744073709551616/x")),
+        ("number-and-path", renamed(b"@0/a/../b")),
         ("dot-dot", renamed(b"./../../etc/passwd")),
         ("absolute", renamed(b"/etc/passwd")),
         ("double-slash", renamed(b".//")),

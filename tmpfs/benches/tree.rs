@@ -13,18 +13,19 @@ const FILES: u64 = 10_000;
 fn encode() -> Vec<u8> {
     let mut writer = TreeWriter::new(Vec::new());
     let attributes = Attributes { mode: 0o644, ..Attributes::default() };
-    writer.append(b"", &Kind::Directory, &attributes, b"").expect("a Vec takes it");
+    writer.append(b"", 0, &Kind::Directory, &attributes, b"").expect("a Vec takes it");
     for number in 0..FILES {
         if number % 100 == 0 {
             writer
-                .append(format!("{number}").as_bytes(), &Kind::Directory, &attributes, b"")
+                .append(format!("{number}").as_bytes(), 0, &Kind::Directory, &attributes, b"")
                 .expect("a Vec takes it");
         }
         let pages_offset = PagesOffset(number * 4096);
         let extents = vec![PageExtent { file_offset: 0, length: 4096, pages_offset }];
         let path = format!("{}/file-{number}", number / 100 * 100);
         let file = Kind::File { size: 4096, extents };
-        writer.append(path.as_bytes(), &file, &attributes, b"").expect("a Vec takes it");
+        let parent = 1 + number as usize / 100 * 101;
+        writer.append(path.as_bytes(), parent, &file, &attributes, b"").expect("a Vec takes it");
     }
     writer.finish().expect("a Vec takes it")
 }

@@ -17,6 +17,7 @@ use tar::{EntryType, Header};
 use crate::acl::{self, AclError};
 use crate::archive::{BLOCK, TRAILER};
 use crate::entry::{Attributes, Entry, KEPT_FLAGS, Kind, PathName, Tree, Xattr};
+use crate::member_name::{self, MemberName};
 use crate::pax;
 use crate::record::FileRecord;
 
@@ -55,7 +56,8 @@ pub enum TreeFault {
     #[error("the field {0} is out of range or not a number")]
     Field(&'static str),
     #[error(
-        "a name must be relative and have no empty, \".\" or \"..\" component, no NUL, and at most 255 bytes in each"
+        "a name must be \"./\" and a path, or \"@\", a number, \"/\" and a component; components aren't empty, \".\" or \"..\", \
+         and have no NUL and at most 255 bytes"
     )]
     Name,
     #[error("the parent directory did not come before it")]
@@ -156,16 +158,7 @@ impl Decoder {
     ) -> Result<(), TreeFault> {
         let find = |key: &str| records.iter().find(|(k, _)| *k == key.as_bytes()).map(|(_, value)| *value);
         let index = self.tree.entries.len();
-        let path = relative(name)?;
-        if (index == 0) != path.is_empty() {
-            return Err(if index == 0 { TreeFault::Root } else { TreeFault::Duplicate });
-        }
-        let slash = path.iter().rposition(|b| *b == b'/');
-        let name = &path[slash.map_or(0, |slash| slash + 1)..];
-        if index != 0 && (slash == Some(0) || !is_component(name)) {
-            return Err(TreeFault::Name);
-        }
-        let parent = self.directory(&path[..slash.unwrap_or(0)])?;
+        let (parent, name) = self.place(name)?;
 
         let linkname = || match find("linkpath") {
             Some(path) => Cow::Borrowed(path),
@@ -238,6 +231,31 @@ impl Decoder {
         self.names.find(self.hasher.hash_one((parent, name)), is_it).copied()
     }
 
+    /// The parent of the next entry and its name in it; the root's are 0 and empty.
+    fn place<'n>(&mut self, name: &'n [u8]) -> Result<(usize, &'n [u8]), TreeFault> {
+        let first = self.tree.entries.is_empty();
+        Ok(match member_name::parse(name).ok_or(TreeFault::Name)? {
+            MemberName::Path(path) => {
+                let path = relative(path)?;
+                if first != path.is_empty() {
+                    return Err(if first { TreeFault::Root } else { TreeFault::Duplicate });
+                }
+                let slash = path.iter().rposition(|b| *b == b'/');
+                let name = &path[slash.map_or(0, |slash| slash + 1)..];
+                if slash == Some(0) || !first && !is_component(name) {
+                    return Err(TreeFault::Name);
+                }
+                (self.directory(&path[..slash.unwrap_or(0)])?, name)
+            }
+            MemberName::Indexed(..) if first => return Err(TreeFault::Root),
+            MemberName::Indexed(parent, name) => {
+                let directory = self.tree.entries.get(parent).filter(|entry| entry.kind == Kind::Directory);
+                directory.ok_or(TreeFault::Parent)?;
+                (parent, name.filter(|name| is_component(name)).ok_or(TreeFault::Name)?)
+            }
+        })
+    }
+
     /// The directory at a path.
     fn directory(&mut self, path: &[u8]) -> Result<usize, TreeFault> {
         let mut parts = split(path).peekable();
@@ -264,12 +282,19 @@ impl Decoder {
         Ok(self.path.last().copied().unwrap_or(0))
     }
 
-    fn link_target(&self, path: &[u8]) -> Result<usize, TreeFault> {
-        let bad = || TreeFault::Link(PathName(path.to_vec()));
-        let mut at = 0;
-        for part in split(relative(path).map_err(|_| bad())?) {
-            at = self.child(at, part).ok_or_else(bad)?;
-        }
+    fn link_target(&self, name: &[u8]) -> Result<usize, TreeFault> {
+        let bad = || TreeFault::Link(PathName(name.to_vec()));
+        let at = match member_name::parse(name) {
+            Some(MemberName::Indexed(index, None)) => index,
+            Some(MemberName::Path(path)) => {
+                let mut at = 0;
+                for part in split(relative(path).map_err(|_| bad())?) {
+                    at = self.child(at, part).ok_or_else(bad)?;
+                }
+                at
+            }
+            _ => return Err(bad()),
+        };
         match self.tree.entries.get(at).ok_or_else(bad)?.kind {
             Kind::Directory => Err(bad()),
             Kind::HardLink { target } => Ok(target),
@@ -290,7 +315,12 @@ fn split(path: &[u8]) -> impl Iterator<Item = &[u8]> + Clone {
 }
 
 fn is_component(name: &[u8]) -> bool {
-    !name.is_empty() && name != b"." && name != b".." && name.len() <= NAME_MAX && !name.contains(&0)
+    !name.is_empty()
+        && !name.contains(&b'/')
+        && name != b"."
+        && name != b".."
+        && name.len() <= NAME_MAX
+        && !name.contains(&0)
 }
 
 fn decode_attributes<'a>(

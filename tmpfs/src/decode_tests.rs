@@ -14,7 +14,7 @@ fn encode(tree: &Tree) -> Vec<u8> {
     let path = |index: usize| tree.path(index).0[1..].to_vec();
     for (index, entry) in tree.entries.iter().enumerate() {
         let link = if let Kind::HardLink { target } = entry.kind { path(target) } else { Vec::new() };
-        writer.append(&path(index), &entry.kind, &entry.attributes, &link).unwrap();
+        writer.append(&path(index), entry.parent, &entry.kind, &entry.attributes, &link).unwrap();
     }
     writer.finish().unwrap()
 }
@@ -109,7 +109,7 @@ fn the_first_entry_is_the_root_directory() {
     for entries in [vec![], vec![child(b"a", Kind::Fifo)]] {
         let mut writer = TreeWriter::new(Vec::new());
         for entry in &entries {
-            writer.append(&entry.name, &entry.kind, &entry.attributes, b"").unwrap();
+            writer.append(&entry.name, entry.parent, &entry.kind, &entry.attributes, b"").unwrap();
         }
         assert!(matches!(fault(&writer.finish().unwrap()), TreeFault::Root));
     }
@@ -122,9 +122,60 @@ fn hard_links_point_to_an_earlier_file() {
     let directory = vec![root(), child(b"d", Kind::Directory), child(b"l", Kind::HardLink { target: 1 })];
     assert!(matches!(fault(&encode(&Tree { entries: directory })), TreeFault::Link(_)));
     let mut writer = TreeWriter::new(Vec::new());
-    writer.append(b"", &Kind::Directory, &root().attributes, b"").unwrap();
-    writer.append(b"l", &Kind::HardLink { target: 0 }, &Attributes::default(), b"l").unwrap();
+    writer.append(b"", 0, &Kind::Directory, &root().attributes, b"").unwrap();
+    writer.append(b"l", 0, &Kind::HardLink { target: 0 }, &Attributes::default(), b"l").unwrap();
     assert!(matches!(fault(&writer.finish().unwrap()), TreeFault::Link(_)));
+}
+
+#[test]
+fn a_path_beyond_path_max_is_named_by_its_parent_s_number() {
+    // 200 directories of 255 bytes inside each other, and a file at the end with a link to it from the root.
+    let mut entries = vec![root()];
+    for depth in 0..200 {
+        entries.push(Entry { parent: depth, ..child(&[b'd'; 255], Kind::Directory) });
+    }
+    entries.push(Entry { parent: 200, ..child(b"f", Kind::Fifo) });
+    entries.push(child(b"l", Kind::HardLink { target: 201 }));
+    // Behind what lies deep, and in the middle.
+    entries.push(Entry { parent: 100, ..child(b"g", Kind::Fifo) });
+    let tree = Tree { entries };
+    let archive = encode(&tree);
+    assert_eq!(decode_tree(&archive, PAGES).unwrap(), tree);
+    // A directory takes 3 blocks, 2 of them for its name; the 15 with paths up to 8 more.
+    assert!(archive.len() < 205 * 3 * 512 + 15 * 8 * 512, "{} bytes", archive.len());
+
+    let member = |name: &str, link: &str| {
+        let mut entries = vec![root(), child(b"d", Kind::Directory), child(b"f", Kind::Fifo)];
+        entries.push(child(b"victim", Kind::HardLink { target: 2 }));
+        change(encode(&Tree { entries }), b"./victim", |header| {
+            header[..100].fill(0);
+            header[..name.len()].copy_from_slice(name.as_bytes());
+            header[157..257].fill(0);
+            header[157..157 + link.len()].copy_from_slice(link.as_bytes());
+        })
+    };
+    let decoded = decode_tree(&member("@1/l", "@2"), PAGES).unwrap();
+    assert_eq!((decoded.entries[3].parent, &decoded.entries[3].name[..]), (1, &b"l"[..]));
+    assert_eq!(decoded.entries[3].kind, Kind::HardLink { target: 2 });
+    for name in ["@2/l", "@3/l", "@4/l", "@18446744073709551615/l"] {
+        assert!(matches!(fault(&member(name, "@2")), TreeFault::Parent), "{name}");
+    }
+    for name in
+        ["@", "@/l", "@1", "@1/", "@1//", "@1/a/b", "@1/..", "@x/l", "@-1/l", "@18446744073709551616/l"]
+    {
+        assert!(matches!(fault(&member(name, "@2")), TreeFault::Name), "{name}");
+    }
+    assert!(matches!(fault(&member("@0/d", "@2")), TreeFault::Duplicate));
+    for link in ["@", "@0", "@1", "@3", "@4", "@2/", "@2/x", "@18446744073709551615", "@18446744073709551616"]
+    {
+        assert!(matches!(fault(&member("@1/l", link)), TreeFault::Link(_)), "{link}");
+    }
+    let first = change(archive_of_root(), b"./\0", |header| header[..4].copy_from_slice(b"@0/x"));
+    assert!(matches!(fault(&first), TreeFault::Root));
+}
+
+fn archive_of_root() -> Vec<u8> {
+    encode(&Tree { entries: vec![root()] })
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Writing a filesystem's part of `tree.tar`: a valid PAX archive, which a standard tool can list.
 //!
-//! Names are `./` for the root and `./a/b` below it, a directory's ending in `/`. A regular file's body
-//! is its [record](crate::record): the data is in `pages.img`. A header is preceded by an extended header only
+//! Names are `./` for the root and `./a/b` below it, a directory's ending in `/`; see [`crate::member_name`] for long
+//! ones. A regular file's body is its [record](crate::record): the data is in `pages.img`. A header is preceded by an extended header only
 //! when it needs one, so a plain file takes 1 KiB.
 
 use std::io::{self, Write};
@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use crate::acl;
 use crate::archive::{self, Member, Records, TRAILER};
 use crate::entry::{Attributes, Kind, Xattr};
+use crate::member_name;
 use crate::pax;
 use crate::record;
 
@@ -28,35 +29,32 @@ impl<W: Write> TreeWriter<W> {
         Self { out, entry: Vec::new(), records: Records::default(), name: Vec::new(), linkname: Vec::new() }
     }
 
-    /// Appends the object at `path` (relative to the root, empty for the root itself).
+    /// Appends the object at `path` (relative to the root, empty for the root itself), whose parent is the `parent`th
+    /// that was appended, counted from 0, the root.
     ///
-    /// For [`Kind::HardLink`] the target is given by `link`, the path of its first name; the index in
-    /// the kind is ignored, since an archive knows paths only.
+    /// For [`Kind::HardLink`] `link` is the path of the target, its first name; if that is empty, the archive
+    /// names it by its number.
     pub fn append(
         &mut self,
         path: &[u8],
+        parent: usize,
         kind: &Kind,
         attributes: &Attributes,
         link: &[u8],
     ) -> io::Result<()> {
-        set(&mut self.name, &[b"./", path]);
+        member_name::write(&mut self.name, path, parent, *kind == Kind::Directory);
         self.linkname.clear();
         self.entry.clear();
         self.records.clear();
         let (mut size, mut device) = (0, (0, 0));
         let type_flag = match kind {
-            Kind::Directory => {
-                if !path.is_empty() {
-                    self.name.push(b'/');
-                }
-                b'5'
-            }
+            Kind::Directory => b'5',
             Kind::File { extents, .. } => {
                 size = record::encoded_len(extents.len());
                 b'0'
             }
             Kind::Symlink { target } => {
-                set(&mut self.linkname, &[target]);
+                self.linkname.extend_from_slice(target);
                 b'2'
             }
             Kind::Fifo => b'6',
@@ -72,8 +70,8 @@ impl<W: Write> TreeWriter<W> {
                 device = (*major, *minor);
                 b'4'
             }
-            Kind::HardLink { .. } => {
-                set(&mut self.linkname, &[b"./", link]);
+            Kind::HardLink { target } => {
+                member_name::write_target(&mut self.linkname, link, *target);
                 b'1'
             }
         };
@@ -113,11 +111,6 @@ impl<W: Write> TreeWriter<W> {
         self.out.write_all(&TRAILER)?;
         Ok(self.out)
     }
-}
-
-fn set(name: &mut Vec<u8>, parts: &[&[u8]]) {
-    name.clear();
-    parts.iter().for_each(|part| name.extend_from_slice(part));
 }
 
 /// Adds an xattr's record: text where it is an ACL that has one, else its bytes.

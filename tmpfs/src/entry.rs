@@ -130,20 +130,6 @@ impl Tree {
         self.entries.iter().skip(1).find(|entry| entry.parent == 0 && entry.name == name)
     }
 
-    /// The path of every entry, as [`Tree::path`] gives them; no more bytes than the archive's names have.
-    pub fn paths(&self) -> Vec<Vec<u8>> {
-        let mut paths: Vec<Vec<u8>> = Vec::with_capacity(self.entries.len());
-        for (index, entry) in self.entries.iter().enumerate() {
-            let path = match index {
-                0 => b"/".to_vec(),
-                _ if entry.parent == 0 => [b"/", entry.name.as_slice()].concat(),
-                _ => [&paths[entry.parent], b"/".as_slice(), &entry.name].concat(),
-            };
-            paths.push(path);
-        }
-        paths
-    }
-
     /// Number of inodes that the tree takes on a tmpfs besides its root; a further hard link counts
     /// as one (`shmem_link`).
     pub fn inodes(&self) -> u64 {

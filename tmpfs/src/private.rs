@@ -11,7 +11,7 @@ use std::io;
 use stillframe_pgalloc::{PAGE_SIZE, PageExtent, PagesOffset, PrivateMemoryFileMeta};
 
 use crate::decode::decode_tree;
-use crate::entry::{Attributes, Kind, PathName, Tree};
+use crate::entry::{Entry, Kind, PathName, Tree};
 use crate::id_map::Ids;
 use crate::save::{SaveTreeError, save_listing};
 use crate::sys::filesystem::{self, MappedExtent};
@@ -145,31 +145,49 @@ fn pages_of<'a>(
 pub fn verify(root: &File, ids: &Ids, tree: &Tree) -> Result<(), PrivateError> {
     let listing = save_listing(root, ids).map_err(|source| PrivateError::List(Box::new(source)))?;
     let found = decode_tree(&listing, 0).map_err(|source| PrivateError::Listing(source.to_string()))?;
-    let (found, saved) = (described(&found), described(tree));
-    let differs = saved.iter().find(|(path, what)| found.get(*path) != Some(what));
-    let more = found.keys().find(|path| !saved.contains_key(*path));
-    match differs.map(|(path, _)| path).or(more) {
-        Some(path) => Err(PrivateError::Differs { path: PathName(path.clone()) }),
+    match difference(&found, tree) {
+        Some(path) => Err(PrivateError::Differs { path }),
         None => Ok(()),
     }
 }
 
-/// The inode of each path; a further name has its first one's.
-fn described(tree: &Tree) -> HashMap<Vec<u8>, (Kind, &Attributes)> {
-    let inode = |index: usize| match tree.entries[index].kind {
-        Kind::HardLink { target } => &tree.entries[target],
-        _ => &tree.entries[index],
+/// The first difference, but for the places of pages and the order of names.
+fn difference(found: &Tree, saved: &Tree) -> Option<PathName> {
+    let key = |parent: usize, index: usize, tree: &'_ Tree| (parent, tree.entries[index].name.clone());
+    let mut there: HashMap<(usize, Vec<u8>), usize> = (1..found.entries.len())
+        .map(|index| (key(found.entries[index].parent, index, found), index))
+        .collect();
+    // Of each entry, and of each inode by its first name, the one that it is in the other tree.
+    let mut names = vec![0; saved.entries.len()];
+    let (mut inodes, mut back) = (vec![None; saved.entries.len()], vec![None; found.entries.len()]);
+    for (index, entry) in saved.entries.iter().enumerate().skip(1) {
+        let Some(other) = there.remove(&key(names[entry.parent], index, saved)) else {
+            return Some(saved.path(index));
+        };
+        names[index] = other;
+        let (inode, other) = (inode(saved, index), inode(found, other));
+        let new = (*inodes[inode].get_or_insert(other), *back[other].get_or_insert(inode)) == (other, inode);
+        if !new || !is_same(&saved.entries[inode], &found.entries[other]) {
+            return Some(saved.path(index));
+        }
+    }
+    if !is_same(&saved.entries[0], &found.entries[0]) {
+        return Some(saved.path(0));
+    }
+    there.into_values().min().map(|more| found.path(more))
+}
+
+/// The entry that has the inode of this one.
+fn inode(tree: &Tree, index: usize) -> usize {
+    if let Kind::HardLink { target } = tree.entries[index].kind { target } else { index }
+}
+
+fn is_same(saved: &Entry, found: &Entry) -> bool {
+    let kind = match (&saved.kind, &found.kind) {
+        (Kind::File { size, .. }, Kind::File { size: other, .. }) => size == other,
+        (kind, other) => kind == other,
     };
-    let without_places = |kind: &Kind| match kind {
-        Kind::File { size, .. } => Kind::File { size: *size, extents: Vec::new() },
-        kind => kind.clone(),
-    };
-    let paths = tree.paths();
-    let describe = |(index, path): (usize, Vec<u8>)| {
-        let inode = inode(index);
-        (path, (without_places(&inode.kind), &inode.attributes))
-    };
-    paths.into_iter().enumerate().map(describe).collect()
+    kind && saved.attributes == found.attributes
 }
 
 #[cfg(test)]
@@ -177,7 +195,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::entry::Entry;
+    use crate::entry::Attributes;
 
     fn extent(file_offset: u64, length: u64, pages_offset: u64) -> PageExtent {
         PageExtent { file_offset, length, pages_offset: PagesOffset(pages_offset) }
@@ -256,6 +274,61 @@ mod tests {
         }
         let odd = PrivateMemoryFileMeta { size: page + 1, ..private };
         assert!(matches!(translate(tree(Vec::new()), &odd), Err(PrivateError::Size { .. })));
+    }
+
+    #[test]
+    fn any_difference_but_order_and_places_is_found() {
+        let entry = |parent, name: &str, kind| Entry {
+            parent,
+            name: name.into(),
+            kind,
+            attributes: Attributes::default(),
+        };
+        let file = |size, at| Kind::File { size, extents: vec![extent(0, size, at)] };
+        let link = |target| Kind::HardLink { target };
+        let saved = Tree {
+            entries: vec![
+                entry(0, "", Kind::Directory),
+                entry(0, "d", Kind::Directory),
+                entry(1, "a", file(5, 0)),
+                entry(0, "b", link(2)),
+                entry(1, "c", file(5, 4096)),
+            ],
+        };
+        // Another order, so that another name is the first.
+        let same = Tree {
+            entries: vec![
+                entry(0, "", Kind::Directory),
+                entry(0, "b", file(5, 8192)),
+                entry(0, "d", Kind::Directory),
+                entry(2, "c", file(5, 0)),
+                entry(2, "a", link(1)),
+            ],
+        };
+        assert_eq!(difference(&same, &saved), None);
+        assert_eq!(difference(&saved, &same), None);
+        let changed = |change: fn(&mut Tree)| {
+            let mut tree = same.clone();
+            change(&mut tree);
+            difference(&tree, &saved).map(|path| path.to_string())
+        };
+        let differs = |path: &str| Some(path.to_owned());
+        assert_eq!(
+            changed(|tree| tree.entries[3].kind = Kind::File { size: 6, extents: vec![] }),
+            differs("/d/c")
+        );
+        assert_eq!(changed(|tree| tree.entries[1].attributes.mode = 1), differs("/d/a"));
+        assert_eq!(changed(|tree| tree.entries[0].attributes.mode = 1), differs("/"));
+        assert_eq!(changed(|tree| tree.entries[3].parent = 0), differs("/d/c"));
+        assert_eq!(changed(|tree| tree.entries[3].name = b"e".to_vec()), differs("/d/c"));
+        assert_eq!(changed(|tree| drop(tree.entries.pop())), differs("/d/a"));
+        // Two files where there was one of two names, and the other way round.
+        assert_eq!(changed(|tree| tree.entries[4].kind = tree.entries[1].kind.clone()), differs("/b"));
+        assert_eq!(changed(|tree| tree.entries[3].kind = Kind::HardLink { target: 1 }), differs("/d/c"));
+        let more = Entry { parent: 2, name: b"x".to_vec(), ..same.entries[3].clone() };
+        let mut tree = same.clone();
+        tree.entries.push(more);
+        assert_eq!(difference(&tree, &saved).map(|path| path.to_string()), differs("/d/x"));
     }
 
     proptest! {

@@ -7,7 +7,6 @@
 //!
 //! [`AsyncPagesFileSave::finish`]: stillframe_pgalloc::AsyncPagesFileSave::finish
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use stillframe_pgalloc::{AsyncMemoryFileSave, FileRange, PageExtent, SaveError};
 
 use crate::encode::TreeWriter;
 use crate::entry::{Attributes, Kind, PathName, Timestamp};
+use crate::first_names::{FirstNames, Named};
 use crate::id_map::{IdMap, Ids};
 use crate::precopy::Precopied;
 use crate::private;
@@ -147,11 +147,13 @@ fn save<W: Write>(
             contents,
             writer: TreeWriter::new(out),
             summary: TreeSummary::default(),
-            first_names: HashMap::new(),
+            first_names: FirstNames::default(),
+            path: Vec::new(),
+            directories: Vec::new(),
         };
         for batch in scan(scope, root, precopied)? {
-            for (path, object) in batch?.objects() {
-                saver.save(path, object)?;
+            for (name, object) in batch?.objects() {
+                saver.save(name, object)?;
             }
         }
         Ok((saver.writer.finish().map_err(SaveTreeError::Tree)?, saver.summary))
@@ -163,43 +165,49 @@ struct Saver<'a, W> {
     contents: Contents<'a>,
     writer: TreeWriter<W>,
     summary: TreeSummary,
-    /// Of each inode with several names the first, and how many more are to come; gone when all have come.
-    first_names: HashMap<u64, (Vec<u8>, u32)>,
+    first_names: FirstNames,
+    /// The last object's path.
+    path: Vec<u8>,
+    /// The directories that it is in, and itself if it is one, from the root on: the length of its path, its number.
+    directories: Vec<(usize, usize)>,
 }
 
 impl<W: Write> Saver<'_, W> {
-    fn save(&mut self, path: &[u8], object: Object) -> Result<(), SaveTreeError> {
-        let Object { stat, content, xattrs, .. } = object;
-        self.summary.entries += u64::from(!path.is_empty());
+    fn save(&mut self, name: &[u8], object: Object) -> Result<(), SaveTreeError> {
+        let Object { depth, stat, content, xattrs, .. } = object;
+        self.summary.entries += u64::from(depth > 0);
+        let index = self.summary.entries as usize;
+        self.directories.truncate(depth);
+        let &(length, parent) = self.directories.last().unwrap_or(&(0, 0));
+        self.path.truncate(length);
+        if length > 0 {
+            self.path.push(b'/');
+        }
+        self.path.extend_from_slice(name);
+        if matches!(content, Content::Directory) {
+            self.directories.push((self.path.len(), index));
+        }
+        let path = self.path.as_slice();
         if stat.stx_nlink > 1 && !matches!(content, Content::Directory) {
-            if let Some((first, to_come)) = self.first_names.get_mut(&stat.stx_ino) {
-                let link = Kind::HardLink { target: 0 };
-                let appended = self.writer.append(path, &link, &Attributes::default(), first);
-                *to_come -= 1;
-                if *to_come == 0 {
-                    self.first_names.remove(&stat.stx_ino);
+            match self.first_names.meet(stat.stx_ino, stat.stx_nlink, index, path) {
+                Named::First => {}
+                Named::Again { index, path: first } => {
+                    let link = Kind::HardLink { target: index };
+                    let appended = self.writer.append(path, parent, &link, &Attributes::default(), &first);
+                    return appended.map_err(SaveTreeError::Tree);
                 }
-                return appended.map_err(SaveTreeError::Tree);
             }
-            self.first_names.insert(stat.stx_ino, (path.to_vec(), stat.stx_nlink - 1));
         }
         let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
         let kind = match content {
             Content::Directory => Kind::Directory,
-            Content::File(_) | Content::Copied(_) => {
-                let size = stat.stx_size;
-                let extents = match content {
-                    Content::File(file) => self.save_pages(path, &file, size)?,
-                    Content::Copied(extents) => {
-                        self.summary.copied_ahead += extents.iter().map(|extent| extent.length).sum::<u64>();
-                        extents
-                    }
-                    _ => unreachable!("one of the two"),
-                };
-                self.summary.files += 1;
-                self.summary.logical_bytes = self.summary.logical_bytes.saturating_add(size);
-                self.summary.data_bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
-                Kind::File { size, extents }
+            Content::File(file) => {
+                let extents = save_pages(self.contents, path, &file, stat.stx_size)?;
+                self.summary.count(stat.stx_size, extents)
+            }
+            Content::Copied(extents) => {
+                self.summary.copied_ahead += bytes(&extents);
+                self.summary.count(stat.stx_size, extents)
             }
             Content::Symlink(target) => Kind::Symlink { target },
             Content::Node => match format(&stat) {
@@ -213,29 +221,48 @@ impl<W: Write> Saver<'_, W> {
         let mut attributes = Attributes { xattrs, ..attributes(&stat) };
         to_container(&mut attributes, self.ids)
             .map_err(|id| SaveTreeError::Unmapped { path: PathName(path.to_vec()), id })?;
-        self.writer.append(path, &kind, &attributes, b"").map_err(SaveTreeError::Tree)
+        self.writer.append(path, parent, &kind, &attributes, b"").map_err(SaveTreeError::Tree)
     }
+}
 
-    /// The engine finds holes and zero pages by itself.
-    fn save_pages(&self, path: &[u8], file: &Arc<File>, size: u64) -> Result<Vec<PageExtent>, SaveTreeError> {
-        if size == 0 {
-            return Ok(Vec::new());
+/// Has a file's pages saved; the engine finds holes and zero pages by itself.
+fn save_pages(
+    contents: Contents<'_>,
+    path: &[u8],
+    file: &Arc<File>,
+    size: u64,
+) -> Result<Vec<PageExtent>, SaveTreeError> {
+    if size == 0 {
+        return Ok(Vec::new());
+    }
+    let path = || PathName(path.to_vec());
+    let memory = match contents {
+        Contents::Memory(memory, _) => memory,
+        Contents::Private => {
+            let operation = "find the blocks of";
+            let failed = |source| SaveTreeError::Object { operation, path: path(), source };
+            return private::extents(file, size).map_err(failed);
         }
-        let path = || PathName(path.to_vec());
-        let memory = match self.contents {
-            Contents::Memory(memory, _) => memory,
-            Contents::Private => {
-                let operation = "find the blocks of";
-                let failed = |source| SaveTreeError::Object { operation, path: path(), source };
-                return private::extents(file, size).map_err(failed);
-            }
-            Contents::LeftOut => return Ok(Vec::new()),
-        };
-        let whole = FileRange::new(0, size).expect("a file begins at 0");
-        memory.write_range(file, whole).map_err(|source| match source {
-            SaveError::Truncated { .. } => SaveTreeError::Changed { path: path() },
-            source => SaveTreeError::Pages { path: path(), source },
-        })
+        Contents::LeftOut => return Ok(Vec::new()),
+    };
+    let whole = FileRange::new(0, size).expect("a file begins at 0");
+    memory.write_range(file, whole).map_err(|source| match source {
+        SaveError::Truncated { .. } => SaveTreeError::Changed { path: path() },
+        source => SaveTreeError::Pages { path: path(), source },
+    })
+}
+
+fn bytes(extents: &[PageExtent]) -> u64 {
+    extents.iter().map(|extent| extent.length).sum()
+}
+
+impl TreeSummary {
+    /// Counts a regular file.
+    fn count(&mut self, size: u64, extents: Vec<PageExtent>) -> Kind {
+        self.files += 1;
+        self.logical_bytes = self.logical_bytes.saturating_add(size);
+        self.data_bytes += bytes(&extents);
+        Kind::File { size, extents }
     }
 }
 

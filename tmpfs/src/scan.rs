@@ -22,7 +22,7 @@ use crate::save::SaveTreeError;
 use crate::walk::{Listed, Met, Walk};
 use crate::xattr::{self, Inode};
 
-/// Most objects in a batch, and most bytes of paths and xattrs before it is handed over.
+/// Most objects in a batch, and most bytes of names and xattrs before it is handed over.
 const BATCH: usize = 32;
 const BATCH_BYTES: usize = 256 << 10;
 /// Most batches that wait.
@@ -31,14 +31,16 @@ const QUEUE: usize = 2;
 /// Objects that follow each other on the walk.
 #[derive(Default)]
 pub(crate) struct Batch {
-    paths: Vec<u8>,
+    names: Vec<u8>,
     objects: Vec<Object>,
     bytes: usize,
 }
 
 /// One object.
 pub(crate) struct Object {
-    path: Range<usize>,
+    name: Range<usize>,
+    /// Number of directories that it is in: 0 for the root.
+    pub(crate) depth: usize,
     pub(crate) stat: Statx,
     pub(crate) content: Content,
     pub(crate) xattrs: Vec<Xattr>,
@@ -58,10 +60,10 @@ pub(crate) enum Content {
 }
 
 impl Batch {
-    /// The objects with their paths.
+    /// The objects with their names.
     pub(crate) fn objects(&mut self) -> impl Iterator<Item = (&[u8], Object)> {
-        let Self { paths, objects, .. } = self;
-        objects.drain(..).map(|object| (&paths[object.path.clone()], object))
+        let Self { names, objects, .. } = self;
+        objects.drain(..).map(|object| (&names[object.name.clone()], object))
     }
 }
 
@@ -103,10 +105,11 @@ fn scan_all(
             Some(Err(source)) => return Err(failed("walk to", walk.path())(source)),
         };
         let (stat, content, xattrs) = read(&met, precopied)?;
-        let start = batch.paths.len();
-        batch.paths.extend_from_slice(met.path);
-        batch.bytes += met.path.len() + xattrs.iter().map(|xattr| xattr.value.len()).sum::<usize>();
-        batch.objects.push(Object { path: start..batch.paths.len(), stat, content, xattrs });
+        let start = batch.names.len();
+        batch.names.extend_from_slice(met.name);
+        batch.bytes += met.name.len() + xattrs.iter().map(|xattr| xattr.value.len()).sum::<usize>();
+        let name = start..batch.names.len();
+        batch.objects.push(Object { name, depth: met.depth, stat, content, xattrs });
         let full = batch.objects.len() >= BATCH || batch.bytes >= BATCH_BYTES;
         if full && sender.send(Ok(std::mem::take(batch))).is_err() {
             return Ok(());
@@ -116,13 +119,15 @@ fn scan_all(
 
 /// The error of a call on the object at `path`. A name or an inode that was there and is gone means that somebody
 /// changes the filesystem.
-fn failed(operation: &'static str, path: &[u8]) -> impl Fn(io::Error) -> SaveTreeError {
-    let path = PathName(path.to_vec());
-    move |source| match source.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::NOENT | Errno::STALE | Errno::NOTDIR | Errno::LOOP | Errno::NXIO) => {
-            SaveTreeError::Changed { path: path.clone() }
+fn failed(operation: &'static str, path: &[u8]) -> impl FnOnce(io::Error) -> SaveTreeError {
+    move |source| {
+        let path = PathName(path.to_vec());
+        match source.raw_os_error().map(Errno::from_raw_os_error) {
+            Some(Errno::NOENT | Errno::STALE | Errno::NOTDIR | Errno::LOOP | Errno::NXIO) => {
+                SaveTreeError::Changed { path }
+            }
+            _ => SaveTreeError::Object { operation, path, source },
         }
-        _ => SaveTreeError::Object { operation, path: path.clone(), source },
     }
 }
 

@@ -57,6 +57,8 @@ pub(crate) struct Met<'w> {
     pub(crate) name: &'w [u8],
     /// Path from the root, without a leading slash; empty for the root.
     pub(crate) path: &'w [u8],
+    /// Number of directories that it is in: 0 for the root.
+    pub(crate) depth: usize,
     pub(crate) listed: Listed,
 }
 
@@ -84,7 +86,7 @@ impl<'a> Walk<'a> {
             self.push(File::from(rustix::fs::openat(self.root, ".", DIRECTORY, Mode::empty())?))?;
             let dir = self.stack[0].dir.as_ref();
             let listed = Listed::Directory;
-            return Ok(Some(Met { parent: self.root, dir, name: &[], path: &[], listed }));
+            return Ok(Some(Met { parent: self.root, dir, name: &[], path: &[], depth: 0, listed }));
         }
         let listed = loop {
             let Some(frame) = self.stack.last_mut() else { return Ok(None) };
@@ -113,14 +115,21 @@ impl<'a> Walk<'a> {
         if listed != Listed::Directory {
             let (name, path) = (&self.path[name_at..], &*self.path);
             let parent = self.stack[at].dir.as_ref().expect("opened just now");
-            return Ok(Some(Met { parent, dir: None, name, path, listed }));
+            return Ok(Some(Met { parent, dir: None, name, path, depth: at + 1, listed }));
         }
         let dir = rustix::fs::openat(parent, &self.path[name_at..], DIRECTORY, Mode::empty())?;
         self.push(File::from(dir))?;
         let [.., above, below] = self.stack.as_slice() else { unreachable!("pushed onto a frame") };
         let parent = above.dir.as_ref().expect("opened above");
         let (name, path) = (&self.path[name_at..], &*self.path);
-        Ok(Some(Met { parent, dir: below.dir.as_ref(), name, path, listed: Listed::Directory }))
+        Ok(Some(Met {
+            parent,
+            dir: below.dir.as_ref(),
+            name,
+            path,
+            depth: at + 1,
+            listed: Listed::Directory,
+        }))
     }
 
     fn push(&mut self, dir: File) -> io::Result<()> {

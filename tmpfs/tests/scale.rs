@@ -5,6 +5,7 @@ mod filesystem;
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::io::{Seek, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
@@ -53,34 +54,62 @@ fn a_directory_of_a_million_names_comes_back_in_order() {
     one_directory(1_000_000);
 }
 
-#[test]
-fn directories_10_000_deep_and_paths_beyond_path_max_come_back() {
-    let (old, new) = (Tmpfs::new(&[]), Tmpfs::new(&[]));
-    let mut dir = File::open(old.path()).unwrap();
-    let directory = OFlags::DIRECTORY | OFlags::NOFOLLOW;
-    for depth in 0..10_000 {
-        // The first 40 names alone make a path longer than PATH_MAX.
-        let name = if depth < 40 { vec![b'n'; 255] } else { vec![b'd'] };
-        rustix::fs::mkdirat(&dir, name.as_slice(), Mode::RWXU).unwrap();
-        dir = File::from(rustix::fs::openat(&dir, name.as_slice(), directory, Mode::empty()).unwrap());
+const DEPTH: usize = 10_000;
+const LONG: [u8; 255] = [b'n'; 255];
+
+/// The innermost of [`DEPTH`] directories with the longest names there are.
+fn innermost(root: &File, make: bool) -> File {
+    let mut dir = root.try_clone().unwrap();
+    for _ in 0..DEPTH {
+        if make {
+            rustix::fs::mkdirat(&dir, LONG.as_slice(), Mode::RWXU).unwrap();
+        }
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
+        dir = File::from(rustix::fs::openat(&dir, LONG.as_slice(), flags, Mode::empty()).unwrap());
     }
+    dir
+}
+
+#[test]
+fn directories_10_000_deep_come_back_and_the_archive_grows_with_their_names_only() {
+    let (old, new) = (Tmpfs::new(&[]), Tmpfs::new(&[]));
+    let root = File::open(old.path()).unwrap();
+    let dir = innermost(&root, true);
     let file = rustix::fs::openat(&dir, "f", OFlags::WRONLY | OFlags::CREATE, Mode::RUSR).unwrap();
     File::from(file).write_all_at(b"deep", 0).unwrap();
-    // A hard link from up here to down there.
-    let root = File::open(old.path()).unwrap();
+    // Hard links between up here and down there, whichever comes first.
     rustix::fs::linkat(&dir, "f", &root, "link", AtFlags::empty()).unwrap();
+    let file = rustix::fs::openat(&root, "g", OFlags::WRONLY | OFlags::CREATE, Mode::RUSR).unwrap();
+    drop(file);
+    rustix::fs::linkat(&root, "g", &dir, "g", AtFlags::empty()).unwrap();
+    rustix::fs::linkat(&dir, "g", &dir, "h", AtFlags::empty()).unwrap();
 
     let saved = save(&old);
-    assert_eq!((saved.summary.entries, saved.summary.files), (10_002, 1));
+    assert_eq!((saved.summary.entries as usize, saved.summary.files), (DEPTH + 5, 2));
+    // Three blocks an object and one for its times; paths of up to 4 KiB for the first sixteen.
+    let (size, most) = (saved.archive.len(), (DEPTH + 5) * 4 * 512 + 16 * 4096);
+    assert!(size <= most, "{size} bytes, where {most} are enough");
+    let mut archive = tempfile::tempfile().unwrap();
+    archive.write_all(&saved.archive).unwrap();
+    archive.rewind().unwrap();
+    let tar =
+        Command::new("tar").args(["--quoting-style=escape", "-tf", "-"]).stdin(archive).output().unwrap();
+    let listed: Vec<&[u8]> = tar.stdout.split_inclusive(|byte| *byte == b'\n').collect();
+    assert!(tar.status.success(), "{}", String::from_utf8_lossy(&tar.stderr));
+    assert_eq!(listed.len(), DEPTH + 6);
+    assert!(listed.contains(&&[b"@500/", &LONG[..], b"/\n"].concat()[..]));
     saved.restore(&new, &DEVICES()).unwrap();
-    let mut dir = File::open(new.path()).unwrap();
-    let link = rustix::fs::statat(&dir, "link", AtFlags::empty()).unwrap();
-    for depth in 0..10_000 {
-        let name = if depth < 40 { vec![b'n'; 255] } else { vec![b'd'] };
-        dir = File::from(rustix::fs::openat(&dir, name.as_slice(), directory, Mode::empty()).unwrap());
-    }
-    let file = rustix::fs::statat(&dir, "f", AtFlags::empty()).unwrap();
-    assert_eq!((file.st_ino, file.st_nlink, file.st_size), (link.st_ino, 2, 4));
+    let root = File::open(new.path()).unwrap();
+    let dir = innermost(&root, false);
+    let of = |dir: &File, name: &str| {
+        let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+        (stat.st_ino, stat.st_nlink, stat.st_size)
+    };
+    assert_eq!((of(&dir, "f").1, of(&dir, "f").2), (2, 4));
+    assert_eq!(of(&dir, "f"), of(&root, "link"));
+    assert_eq!((of(&dir, "g").1, of(&dir, "g")), (3, of(&root, "g")));
+    assert_eq!(of(&dir, "h"), of(&root, "g"));
+    assert!(save(&new).archive == saved.archive);
 }
 
 #[test]
