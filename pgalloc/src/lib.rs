@@ -24,7 +24,8 @@ pub use memory_file::MemoryFile;
 pub use meta::{MetaError, PagesMeta, PrivateMemoryFileMeta};
 pub use page::{ExtentError, FileRange, MAX_FILE_SIZE, PAGE_SIZE, PageExtent, PagesOffset, validate_extents};
 pub use save::{
-    AsyncMemoryFileSave, AsyncPagesFileSave, PagesFileSummary, SaveError, SaveOptions, SettledPagesFile,
+    AsyncMemoryFileSave, AsyncPagesFileSave, PagesFileSummary, SaveCanceller, SaveError, SaveOptions,
+    SettledPagesFile,
 };
 
 /// Whether the pages file is read or written past the page cache (`O_DIRECT`).

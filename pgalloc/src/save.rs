@@ -166,6 +166,11 @@ impl AsyncPagesFileSave {
         Ok(AsyncMemoryFileSave { pages: self })
     }
 
+    /// What ends this save from another thread.
+    pub fn canceller(&self) -> SaveCanceller {
+        SaveCanceller { failure: self.failure.clone() }
+    }
+
     /// Waits for all writes. From then on the sources may change: what is left to do needs none of them.
     ///
     /// # Errors
@@ -197,6 +202,19 @@ impl AsyncPagesFileSave {
 
     fn check(&self) -> Result<(), SaveError> {
         self.failure.get().map_or(Ok(()), |failure| Err(failure.clone()))
+    }
+}
+
+/// Ends a save: it fails as soon as it looks, with [`SaveError::Cancelled`] unless something failed before.
+#[derive(Clone, Debug)]
+pub struct SaveCanceller {
+    failure: Arc<OnceLock<SaveError>>,
+}
+
+impl SaveCanceller {
+    /// Ends it. Ended already, it stays as it is.
+    pub fn cancel(&self) {
+        let _ = self.failure.set(SaveError::Cancelled);
     }
 }
 

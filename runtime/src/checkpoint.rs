@@ -5,15 +5,20 @@
 //! is the state at one instant: all filesystems are saved within one freeze, which other containers share that have
 //! one of the filesystems.
 //!
+//! Phases, and what they are called: [`Phase`]. What is frozen, and for how long at most: `checkpoint/freeze.rs`.
+//!
 //! A filesystem on disk is frozen besides, once no process can write to it any more, so that its file is
 //! consistent. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen filesystem
 //! couldn't be frozen itself.
 
+mod error;
+mod freeze;
+mod phase;
+
 use std::fs::File;
-use std::io;
 use std::iter;
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use stillframe_pgalloc::{
@@ -21,18 +26,21 @@ use stillframe_pgalloc::{
     SaveOptions, SettledPagesFile,
 };
 use stillframe_tmpfs::ResourceId;
-use stillframe_tmpfs::filestore::FilestoreError;
-use stillframe_tmpfs::mount::MountError;
-use stillframe_tmpfs::save::{SaveTreeError, save_copied_tree, save_private_tree, save_tree};
+use stillframe_tmpfs::precopy::Precopied;
+use stillframe_tmpfs::save::{Contents, SaveTreeError, save_copied_tree, save_private_tree};
 
 use crate::ahead::Ahead;
-use crate::freezer::{Cgroup, FREEZE_TIMEOUT, FreezeError};
-use crate::image::{self, ImageError, ImageWriter, PartWriter};
+pub use crate::checkpoint::error::{CheckpointCause, CheckpointError};
+use crate::checkpoint::freeze::Freeze;
+pub use crate::checkpoint::phase::{Phase, PhaseTime};
+use crate::checkpoint::phase::{Progress, milliseconds};
+use crate::freezer::Cgroup;
+use crate::image::{self, ImageWriter, PartWriter};
 use crate::manifest::{Manifest, Offsets, Part, PrivateFormat, SavedContainer, SavedFilesystem};
 use crate::process;
 use crate::selected::{Selected, count_unlinked, not_on_itself, open_views, others, select};
 use crate::selector::Selector;
-use crate::state::{ContainerRecord, FilesystemRecord, Locked, StateError};
+use crate::state::{ContainerRecord, FilesystemRecord, Locked};
 use crate::unlinked::Unlinked;
 
 /// What a checkpoint is asked to do.
@@ -52,6 +60,9 @@ pub struct CheckpointRequest {
     /// Whether files are copied before the freeze, so that it is short; where changes can't be watched, or the
     /// container is frozen already, they aren't.
     pub precopy: bool,
+    /// How long the containers may be frozen by it. A checkpoint that would take longer fails, and they run on at once. With
+    /// `kill` it counts until everything is read; that they are frozen during the commit is felt by nobody.
+    pub pause_limit: Option<Duration>,
     /// Whether the container's init process is killed (SIGKILL) once the image is committed. It isn't
     /// thawed before: nothing runs between the instant of the image and the end.
     pub kill: bool,
@@ -67,6 +78,7 @@ impl CheckpointRequest {
             paths: Vec::new(),
             direct: Direct::Auto,
             precopy: true,
+            pause_limit: None,
             kill: false,
         }
     }
@@ -89,9 +101,13 @@ pub struct CheckpointResult {
     pub pages_bytes: u64,
     /// Bytes that were read, found to be zero, and left out.
     pub zero_bytes: u64,
-    /// Bytes that were copied before the freeze and hadn't changed since.
-    pub copied_ahead_bytes: u64,
-    /// Bytes that were copied before the freeze in vain: they are in the pages file, and nothing refers to them.
+    /// How often what had changed was copied while the containers ran, the first copy included.
+    pub rounds: u32,
+    /// Bytes that were copied while the containers ran.
+    pub copied_live_bytes: u64,
+    /// Bytes that were copied while they were frozen.
+    pub copied_frozen_bytes: u64,
+    /// Bytes that were copied while they ran in vain: they are in the pages file, and nothing refers to them.
     pub superseded_bytes: u64,
     /// Files that were open but had no name: they aren't in the image.
     pub unlinked: Unlinked,
@@ -100,117 +116,37 @@ pub struct CheckpointResult {
     pub frozen_ms: f64,
     /// How long it took from the request to the commit, in milliseconds.
     pub total_ms: f64,
-}
-
-/// Why a checkpoint failed.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    /// The container isn't one of ours.
-    #[error("container {id} is unknown in {sandbox}")]
-    Unknown {
-        /// Its id.
-        id: String,
-        /// The sandbox's state directory.
-        sandbox: PathBuf,
-    },
-    /// The container doesn't run.
-    #[error("container {0} has no running process: only a running or paused container can be checkpointed")]
-    NotRunning(String),
-    /// The container can't be frozen.
-    #[error(
-        "container {0} has no cgroup of its own, so it can't be frozen: give it one (linux.cgroupsPath), or pause it"
-    )]
-    NoCgroup(String),
-    /// A selection matches nothing.
-    #[error("no filesystem of the container is \"{selector}\"; there are: {there}")]
-    NoMatch {
-        /// The selection.
-        selector: String,
-        /// What there is.
-        there: String,
-    },
-    /// Two filesystems have one ResourceID.
-    #[error(
-        "two filesystems are called {0}: the container mounts a tmpfs twice at one path; \
-         save the others by --path, or mount it once"
-    )]
-    Duplicate(ResourceId),
-    /// The sandbox's state couldn't be read.
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// The container couldn't be frozen.
-    #[error("freeze the container")]
-    Freeze(#[from] FreezeError),
-    /// The image would be written to what it is to hold.
-    #[error(
-        "the image directory {path} is on {id}, which is to be saved: give one that isn't in the container"
-    )]
-    OnItself {
-        /// The image directory.
-        path: PathBuf,
-        /// ResourceID of the filesystem.
-        id: ResourceId,
-    },
-    /// The file of a filesystem on disk couldn't be used.
-    #[error("save the filesystem {id} on disk")]
-    Filestore {
-        /// Its ResourceID.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: Box<FilestoreError>,
-    },
-    /// A filesystem couldn't be looked into.
-    #[error("open the filesystem {id}")]
-    Open {
-        /// Its ResourceID.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: MountError,
-    },
-    /// A filesystem couldn't be saved.
-    #[error("save the filesystem {id}")]
-    Save {
-        /// Its ResourceID.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: SaveTreeError,
-    },
-    /// The pages file couldn't be written.
-    #[error("write {path}")]
-    Pages {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: SaveError,
-    },
-    /// The image is complete, but the container couldn't be killed.
-    #[error("the image is complete, but the container's init process {pid} couldn't be killed")]
-    Kill {
-        /// Its process id.
-        pid: i32,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The image couldn't be written.
-    #[error(transparent)]
-    Image(#[from] ImageError),
+    /// How long each phase took, in their order.
+    pub phases: Vec<PhaseTime>,
 }
 
 /// Takes a checkpoint. Blocks until the image is durable.
 pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<CheckpointResult, CheckpointError> {
-    let begun = Instant::now();
+    let mut progress = Progress::new(&request.container_id);
+    let taken = take(state, request, &mut progress);
+    let phase = progress.phase();
+    let mut result = taken.map_err(|cause| CheckpointError { phase, cause: Box::new(cause) })?;
+    (result.phases, result.total_ms) = progress.finish();
+    if let Err(error) = state.put_last_checkpoint(&result) {
+        // The image is committed: that is what was asked for.
+        tracing::warn!(%error, "the result of the checkpoint couldn't be recorded");
+    }
+    tracing::info!(container = %request.container_id, result = ?result, "checkpoint taken");
+    Ok(result)
+}
+
+fn take(
+    state: &Locked,
+    request: &CheckpointRequest,
+    progress: &mut Progress,
+) -> Result<CheckpointResult, CheckpointCause> {
     let dir = state.dir();
     let id = &request.container_id;
-    let unknown = || CheckpointError::Unknown { id: id.clone(), sandbox: dir.path().to_owned() };
+    let unknown = || CheckpointCause::Unknown { id: id.clone(), sandbox: dir.path().to_owned() };
     let container = dir.container(id)?.ok_or_else(unknown)?;
     let init = container.init.as_ref().filter(|init| process::is_alive(init));
-    let init = init.ok_or_else(|| CheckpointError::NotRunning(id.clone()))?;
-    let cgroup = init.cgroup.as_ref().ok_or_else(|| CheckpointError::NoCgroup(id.clone()))?;
+    let init = init.ok_or_else(|| CheckpointCause::NotRunning(id.clone()))?;
+    let cgroup = init.cgroup.as_ref().ok_or_else(|| CheckpointCause::NoCgroup(id.clone()))?;
     let selected = select(dir, &container, &request.paths)?;
     let others = others(dir, id, &selected)?;
     let mut image = ImageWriter::create(&request.image_path)?;
@@ -218,7 +154,8 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
     for directory in iter::once(&request.image_path).chain(&request.pages_dir) {
         not_on_itself(directory, &selected)?;
     }
-    for selected in selected.iter().filter(|selected| selected.record.filestore.is_some()) {
+    let on_disk = || selected.iter().filter(|selected| selected.record.filestore.is_some());
+    for selected in on_disk() {
         selected.settle()?;
     }
     let unlinked = count_unlinked(cgroup, &selected);
@@ -226,39 +163,50 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
     let options = SaveOptions { direct: request.direct, ..SaveOptions::default() };
     let pages =
         AsyncPagesFileSave::new(pages_file, options).map_err(|source| pages_failed(&image, source))?;
+
+    progress.enter(Phase::Copy);
     let mut ahead = if request.precopy && !cgroup.is_frozen()? {
         copy_ahead(&selected, &views, &pages, &image)?
     } else {
         selected.iter().map(|_| None).collect()
     };
 
-    let freezing = Instant::now();
-    let frozen = cgroup.freeze(FREEZE_TIMEOUT)?;
-    let others_frozen =
-        others.iter().map(|cgroup| cgroup.freeze(FREEZE_TIMEOUT)).collect::<Result<Vec<_>, _>>()?;
-    let processes: Vec<i32> = iter::once(cgroup).chain(&others).flat_map(Cgroup::processes).collect();
+    progress.enter(Phase::Freeze);
+    let cgroups: Vec<&Cgroup> = iter::once(cgroup).chain(&others).collect();
+    let filesystems = on_disk().map(|selected| selected.name.clone()).collect();
+    let freeze = Freeze::new(state, &cgroups, filesystems, request.pause_limit, pages.canceller())?;
+
+    progress.enter(Phase::Settle);
+    let processes: Vec<i32> = cgroups.iter().flat_map(|cgroup| cgroup.processes()).collect();
     ahead.iter_mut().flatten().for_each(|ahead| ahead.settle(&processes));
-    let saved = save(&container, &selected, &views, &ahead, &image, pages)?;
-    drop(others_frozen);
+    // Whoever may be thawed in the midst of it can't read files through mappings.
+    let contents = if request.pause_limit.is_some() { Contents::Moving } else { Contents::Still };
+    let saved = save(&container, &selected, &views, &ahead, contents, &image, pages);
+    let saved = saved.map_err(|cause| freeze.because(cause))?;
+    freeze.lift_limit()?;
+
     // What is to be killed isn't thawed before; whatever fails until then thaws it.
-    let (frozen, thawed_after) = if request.kill {
-        (Some(frozen), None)
+    let (freeze, mut frozen_for) = if request.kill {
+        (Some(freeze), None)
     } else {
-        drop(frozen);
-        (None, Some(freezing.elapsed()))
+        progress.enter(Phase::Thaw);
+        (None, Some(freeze.thaw()?))
     };
-    let (copied_ahead_bytes, superseded_bytes) = (saved.copied_ahead, saved.superseded);
+    progress.enter(Phase::Commit);
+    let (copied_live_bytes, superseded_bytes) = (saved.copied_live, saved.superseded);
     let (manifest, pages) = commit(saved, &container, image)?;
     if request.kill {
-        process::kill(init).map_err(|source| CheckpointError::Kill { pid: init.pid, source })?;
+        process::kill(init).map_err(|source| CheckpointCause::Kill { pid: init.pid, source })?;
     }
-    drop(frozen);
-    let frozen_for = thawed_after.unwrap_or_else(|| freezing.elapsed());
+    if let Some(freeze) = freeze {
+        progress.enter(Phase::Thaw);
+        frozen_for = Some(freeze.thaw()?);
+    }
 
     let sum = |count: fn(&SavedFilesystem) -> u64| {
         manifest.filesystems.iter().map(count).fold(0, u64::saturating_add)
     };
-    let result = CheckpointResult {
+    Ok(CheckpointResult {
         image_path: request.image_path.clone(),
         filesystems: manifest.filesystems.iter().map(|filesystem| filesystem.resource_id.clone()).collect(),
         files: sum(|filesystem| filesystem.files),
@@ -266,22 +214,15 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
         logical_bytes: sum(|filesystem| filesystem.logical_bytes),
         pages_bytes: pages.length,
         zero_bytes: pages.zero_bytes,
-        copied_ahead_bytes,
+        rounds: u32::from(ahead.iter().any(Option::is_some)),
+        copied_live_bytes,
+        copied_frozen_bytes: pages.data_bytes.saturating_sub(copied_live_bytes),
         superseded_bytes,
         unlinked,
-        frozen_ms: milliseconds(frozen_for),
-        total_ms: milliseconds(begun.elapsed()),
-    };
-    if let Err(error) = state.put_last_checkpoint(&result) {
-        // The image is committed: that is what was asked for.
-        tracing::warn!(%error, "the result of the checkpoint couldn't be recorded");
-    }
-    tracing::info!(container = %id, result = ?result, "checkpoint taken");
-    Ok(result)
-}
-
-fn milliseconds(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1000.0
+        frozen_ms: frozen_for.map_or(0.0, milliseconds),
+        total_ms: 0.0,
+        phases: Vec::new(),
+    })
 }
 
 /// What was read within the freeze, and needs the container no more.
@@ -290,8 +231,8 @@ struct Saved {
     tree: PartWriter,
     filesystems: Vec<SavedFilesystem>,
     private: Vec<PrivateMemoryFileMeta>,
-    /// Bytes that were copied before the freeze and are in the trees.
-    copied_ahead: u64,
+    /// Bytes that were copied before the freeze.
+    copied_live: u64,
     /// Bytes that were copied before the freeze in vain; nothing refers to them.
     superseded: u64,
 }
@@ -302,7 +243,7 @@ fn copy_ahead(
     views: &[File],
     pages: &AsyncPagesFileSave,
     image: &ImageWriter,
-) -> Result<Vec<Option<Ahead>>, CheckpointError> {
+) -> Result<Vec<Option<Ahead>>, CheckpointCause> {
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file).map_err(|source| pages_failed(image, source))?;
     let copy = |(selected, view): (&Selected, &File)| {
@@ -320,9 +261,10 @@ fn save(
     selected: &[Selected],
     views: &[File],
     ahead: &[Option<Ahead>],
+    contents: Contents,
     image: &ImageWriter,
     pages: AsyncPagesFileSave,
-) -> Result<Saved, CheckpointError> {
+) -> Result<Saved, CheckpointCause> {
     let pages_failed = |source| pages_failed(image, source);
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
@@ -337,10 +279,11 @@ fn save(
         let tree_start = tree.position();
         let mut offsets = Offsets::PagesFile;
         let saved = match &record.filestore {
-            None => match ahead {
-                Some(ahead) => save_copied_tree(view, &container.ids, &memory, ahead.copied(), tree),
-                None => save_tree(view, &container.ids, &memory, tree),
-            },
+            None => {
+                let nothing = Precopied::default();
+                let copied = ahead.as_ref().map_or(&nothing, Ahead::copied);
+                save_copied_tree(view, &container.ids, &memory, contents, copied, tree)
+            }
             Some(path) => {
                 let (guard, meta) = selected.save_filestore(path, &pages, image)?;
                 frozen.push(guard);
@@ -369,8 +312,9 @@ fn save(
     }
     let pages = pages.settle().map_err(pages_failed)?;
     drop(frozen);
-    let superseded = ahead.iter().flatten().map(|ahead| ahead.copied().bytes).sum::<u64>() - copied_ahead;
-    Ok(Saved { pages, tree, filesystems, private, copied_ahead, superseded })
+    let copied_live = ahead.iter().flatten().map(|ahead| ahead.copied().bytes).sum::<u64>();
+    let superseded = copied_live - copied_ahead;
+    Ok(Saved { pages, tree, filesystems, private, copied_live, superseded })
 }
 
 /// Makes the parts durable and the directory an image.
@@ -378,7 +322,7 @@ fn commit(
     saved: Saved,
     container: &ContainerRecord,
     image: ImageWriter,
-) -> Result<(Manifest, PagesFileSummary), CheckpointError> {
+) -> Result<(Manifest, PagesFileSummary), CheckpointCause> {
     let pages = saved.pages.finish().map_err(|source| pages_failed(&image, source))?;
     let tree = saved.tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
     let (digests, private) = (pages.digests.clone(), saved.private);
@@ -401,15 +345,15 @@ fn commit(
 }
 
 /// A full disk is found out while some file is being saved, which has nothing to do with it.
-fn save_failed(id: &ResourceId, image: &ImageWriter, source: SaveTreeError) -> CheckpointError {
+fn save_failed(id: &ResourceId, image: &ImageWriter, source: SaveTreeError) -> CheckpointCause {
     match source {
         SaveTreeError::Pages { source, .. } if source.is_of_pages_file() => pages_failed(image, source),
-        source => CheckpointError::Save { id: id.clone(), source },
+        source => CheckpointCause::Save { id: id.clone(), source },
     }
 }
 
-pub(crate) fn pages_failed(image: &ImageWriter, source: SaveError) -> CheckpointError {
-    CheckpointError::Pages { path: image.pages_path(), source }
+pub(crate) fn pages_failed(image: &ImageWriter, source: SaveError) -> CheckpointCause {
+    CheckpointCause::Pages { path: image.pages_path(), source }
 }
 
 fn options_text(record: &FilesystemRecord) -> String {

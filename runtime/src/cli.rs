@@ -7,6 +7,7 @@ use std::error::Error;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use stillframe_pgalloc::Direct;
@@ -55,6 +56,9 @@ struct Fscheckpoint {
     /// Copy nothing before the container is frozen.
     #[arg(long)]
     no_precopy: bool,
+    /// Give up rather than freeze the container for longer than so many milliseconds.
+    #[arg(long, value_name = "MS")]
+    pause_limit: Option<u64>,
     /// Keep the pages in this directory, and only the trees in the image.
     #[arg(long, value_name = "DIR")]
     pages_dir: Option<PathBuf>,
@@ -158,6 +162,7 @@ fn fscheckpoint(arguments: &Fscheckpoint) -> Result<String, Box<dyn Error>> {
         paths: arguments.paths.clone(),
         direct: arguments.direct.into(),
         precopy: !arguments.no_precopy,
+        pause_limit: arguments.pause_limit.map(Duration::from_millis),
         kill: !arguments.leave_running,
         ..CheckpointRequest::new(&id, &arguments.image_path)
     };
@@ -177,6 +182,7 @@ fn describe(result: &CheckpointResult) -> String {
     };
     format!(
         "image        {}\nfilesystems  {}\nfiles        {} ({} names)\npages        {} bytes, {} of zeros left out\n{unlinked}\
+         copied       {} bytes in {} rounds while it ran, {} while it was frozen\n\
          frozen       {:.1} ms\ntotal        {:.1} ms, {rate:.2} GB/s\n",
         result.image_path.display(),
         ids.join(" "),
@@ -184,6 +190,9 @@ fn describe(result: &CheckpointResult) -> String {
         result.entries,
         result.pages_bytes,
         result.zero_bytes,
+        result.copied_live_bytes,
+        result.rounds,
+        result.copied_frozen_bytes,
         result.frozen_ms,
         result.total_ms,
     )

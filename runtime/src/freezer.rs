@@ -174,6 +174,11 @@ impl Cgroup {
     pub fn thaw(&self) -> Result<(), FreezeError> {
         self.write_state(false)
     }
+
+    /// Thaws it; one that is gone, with all its processes, is fine.
+    pub fn thaw_if_there(&self) -> Result<(), FreezeError> {
+        self.thaw().or_else(|error| if self.path().exists() { Err(error) } else { Ok(()) })
+    }
 }
 
 /// A frozen cgroup; thawed when this is dropped, unless it was frozen before.
@@ -187,13 +192,17 @@ impl Frozen {
     pub fn is_ours(&self) -> bool {
         self.thaw.is_some()
     }
+
+    /// Thaws it, if it was frozen by us. One that is gone is thawed.
+    pub fn thaw(mut self) -> Result<(), FreezeError> {
+        self.thaw.take().map_or(Ok(()), |cgroup| cgroup.thaw_if_there())
+    }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
         if let Some(cgroup) = &self.thaw
-            && let Err(error) = cgroup.thaw()
-            && cgroup.path().exists()
+            && let Err(error) = cgroup.thaw_if_there()
         {
             tracing::error!(cgroup = %cgroup.path().display(), %error, "the cgroup couldn't be thawed");
         }

@@ -14,7 +14,9 @@ use stillframe_tmpfs::copy_up::CopyUpError;
 use stillframe_tmpfs::filestore::FilestoreError;
 use stillframe_tmpfs::mount::MountError;
 
-pub use crate::checkpoint::{CheckpointError, CheckpointRequest, CheckpointResult};
+pub use crate::checkpoint::{
+    CheckpointCause, CheckpointError, CheckpointRequest, CheckpointResult, Phase, PhaseTime,
+};
 use crate::config::{Config, ConfigError};
 use crate::filestores::Filestores;
 use crate::filesystems::{self, Maker};
@@ -341,11 +343,13 @@ impl Sandbox {
     /// Saves the container's filesystems. Freezes the container if it isn't frozen (paused) yet, and
     /// thaws only what it froze.
     pub fn checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointResult, CheckpointError> {
-        let unknown = || CheckpointError::Unknown {
+        let failed = |cause| CheckpointError { phase: Phase::Prepare, cause: Box::new(cause) };
+        let unknown = || CheckpointCause::Unknown {
             id: request.container_id.clone(),
             sandbox: self.dir.path().to_owned(),
         };
-        let locked = self.dir.lock()?.ok_or_else(unknown)?;
+        let locked = self.dir.lock().map_err(|error| failed(error.into()))?;
+        let locked = locked.ok_or_else(|| failed(unknown()))?;
         crate::checkpoint::checkpoint(&locked, request)
     }
 
@@ -355,7 +359,9 @@ impl Sandbox {
         &self,
         mut request: CheckpointRequest,
     ) -> Result<CheckpointResult, CheckpointError> {
-        let container = self.dir.container(&request.container_id)?;
+        let failed =
+            |error: StateError| CheckpointError { phase: Phase::Prepare, cause: Box::new(error.into()) };
+        let container = self.dir.container(&request.container_id).map_err(failed)?;
         request.pages_dir = container.and_then(|container| container.pages_dir);
         self.checkpoint(&request)
     }
@@ -372,6 +378,16 @@ impl Sandbox {
     fn remove_locked(&self, locked: &Locked, container_id: &str) -> Result<(), RemoveError> {
         filesystems::remove_of(locked, container_id)?;
         Ok(locked.remove_container(container_id)?)
+    }
+
+    /// Thaws what a checkpoint has left frozen that died, as each other call here does that changes something. Waits for one
+    /// that has something frozen and lives.
+    pub fn recover(&self) -> Result<(), StateError> {
+        if self.dir.is_marked_frozen() {
+            // Whoever takes the lock does it.
+            self.dir.lock()?;
+        }
+        Ok(())
     }
 
     /// The record of a container.

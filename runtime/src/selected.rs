@@ -10,7 +10,7 @@ use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, PrivateMemoryFileMeta};
 use stillframe_tmpfs::filestore::{self, FilestoreError};
 use stillframe_tmpfs::mount::open_view;
 
-use crate::checkpoint::{CheckpointError, pages_failed};
+use crate::checkpoint::{CheckpointCause, pages_failed};
 use crate::freezer::Cgroup;
 use crate::image::ImageWriter;
 use crate::process;
@@ -20,17 +20,19 @@ use crate::unlinked::{self, Unlinked};
 
 /// A filesystem to be saved.
 pub(crate) struct Selected {
+    /// Name of its directory in the state.
+    pub(crate) name: String,
     pub(crate) record: FilesystemRecord,
     pub(crate) mountpoint: PathBuf,
 }
 
 impl Selected {
-    fn filestore_failed(&self, source: FilestoreError) -> CheckpointError {
-        CheckpointError::Filestore { id: self.record.resource_id.clone(), source: Box::new(source) }
+    fn filestore_failed(&self, source: FilestoreError) -> CheckpointCause {
+        CheckpointCause::Filestore { id: self.record.resource_id.clone(), source: Box::new(source) }
     }
 
     /// Before the freeze, what makes it short. And a process that died may have left it frozen.
-    pub(crate) fn settle(&self) -> Result<(), CheckpointError> {
+    pub(crate) fn settle(&self) -> Result<(), CheckpointCause> {
         filestore::thaw(&self.mountpoint)
             .and_then(|()| filestore::settle(&self.mountpoint))
             .map_err(|source| self.filestore_failed(source))
@@ -42,7 +44,7 @@ impl Selected {
         path: &Path,
         pages: &AsyncPagesFileSave,
         image: &ImageWriter,
-    ) -> Result<(filestore::Frozen, PrivateMemoryFileMeta), CheckpointError> {
+    ) -> Result<(filestore::Frozen, PrivateMemoryFileMeta), CheckpointCause> {
         let file = File::open(path).map_err(|source| {
             self.filestore_failed(FilestoreError::File { operation: "open", path: path.to_owned(), source })
         })?;
@@ -57,7 +59,7 @@ pub(crate) fn select(
     dir: &StateDir,
     container: &ContainerRecord,
     selectors: &[Selector],
-) -> Result<Vec<Selected>, CheckpointError> {
+) -> Result<Vec<Selected>, CheckpointCause> {
     let mut all = Vec::new();
     for name in &container.filesystems {
         if all.iter().any(|selected: &Selected| selected.mountpoint == dir.mountpoint(name)) {
@@ -69,7 +71,7 @@ pub(crate) fn select(
             source: io::ErrorKind::NotFound.into(),
         };
         let record = dir.filesystem(name)?.ok_or_else(missing)?;
-        all.push(Selected { record, mountpoint: dir.mountpoint(name) });
+        all.push(Selected { name: name.clone(), record, mountpoint: dir.mountpoint(name) });
     }
     let matches = |selected: &Selected, selector: &Selector| {
         selected.record.ids().into_iter().any(|id| selector.matches(id))
@@ -78,7 +80,7 @@ pub(crate) fn select(
         if !all.iter().any(|selected| matches(selected, selector)) {
             let there: Vec<String> = all.iter().map(describe).collect();
             let there = if there.is_empty() { "none at all".to_owned() } else { there.join(", ") };
-            return Err(CheckpointError::NoMatch { selector: selector.to_string(), there });
+            return Err(CheckpointCause::NoMatch { selector: selector.to_string(), there });
         }
     }
     all.retain(|selected| {
@@ -87,7 +89,7 @@ pub(crate) fn select(
     for (index, selected) in all.iter().enumerate() {
         for id in selected.record.ids() {
             if all[..index].iter().any(|before| before.record.ids().contains(&id)) {
-                return Err(CheckpointError::Duplicate(id.clone()));
+                return Err(CheckpointCause::Duplicate(id.clone()));
             }
         }
     }
@@ -109,7 +111,7 @@ pub(crate) fn others(
     dir: &StateDir,
     container: &str,
     selected: &[Selected],
-) -> Result<Vec<Cgroup>, CheckpointError> {
+) -> Result<Vec<Cgroup>, CheckpointCause> {
     let users =
         selected.iter().flat_map(|selected| &selected.record.users).map(|user| user.container.as_str());
     let users: BTreeSet<&str> = users.filter(|user| *user != container).collect();
@@ -118,17 +120,17 @@ pub(crate) fn others(
         let Some(record) = dir.container(user)? else { continue };
         // One without a process is starting, which takes the lock that is held here, or has ended.
         let Some(init) = record.init.filter(process::is_alive) else { continue };
-        cgroups.push(init.cgroup.ok_or_else(|| CheckpointError::NoCgroup(user.to_owned()))?);
+        cgroups.push(init.cgroup.ok_or_else(|| CheckpointCause::NoCgroup(user.to_owned()))?);
     }
     Ok(cgroups)
 }
 
 /// Writing to a frozen filesystem would wait for ever.
-pub(crate) fn not_on_itself(image: &Path, selected: &[Selected]) -> Result<(), CheckpointError> {
+pub(crate) fn not_on_itself(image: &Path, selected: &[Selected]) -> Result<(), CheckpointCause> {
     let Ok(device) = device(image) else { return Ok(()) };
     match selected.iter().find(|selected| self::device(&selected.mountpoint).is_ok_and(|own| own == device)) {
         Some(selected) => {
-            Err(CheckpointError::OnItself { path: image.to_owned(), id: selected.record.resource_id.clone() })
+            Err(CheckpointCause::OnItself { path: image.to_owned(), id: selected.record.resource_id.clone() })
         }
         None => Ok(()),
     }
@@ -145,10 +147,10 @@ pub(crate) fn count_unlinked(cgroup: &Cgroup, selected: &[Selected]) -> Unlinked
 }
 
 /// Views of the filesystems, by which they are read before and under the freeze.
-pub(crate) fn open_views(selected: &[Selected]) -> Result<Vec<File>, CheckpointError> {
+pub(crate) fn open_views(selected: &[Selected]) -> Result<Vec<File>, CheckpointCause> {
     let open = |selected: &Selected| {
         let id = || selected.record.resource_id.clone();
-        open_view(&selected.mountpoint).map_err(|source| CheckpointError::Open { id: id(), source })
+        open_view(&selected.mountpoint).map_err(|source| CheckpointCause::Open { id: id(), source })
     };
     selected.iter().map(open).collect()
 }

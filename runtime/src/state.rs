@@ -7,6 +7,7 @@
 //! | `filesystems/<name>/mnt` | where a filesystem is mounted; `<name>` is `<container id>.<number>`, or `pod-<name>` |
 //! | `filesystems/<name>/record.json` | [`FilesystemRecord`] |
 //! | `last-checkpoint.json` | what the last checkpoint did |
+//! | `freeze.json` | [`FreezeMarker`]: what a checkpoint has frozen, while it has |
 //!
 //! Records are written by rename, so a reader needs no lock. The shim and the `stillframe` command work
 //! on the same directory; neither keeps anything that the other would need.
@@ -20,7 +21,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stillframe_tmpfs::options::TmpfsOptions;
-use stillframe_tmpfs::{Ids, ResourceId};
+use stillframe_tmpfs::{Ids, ResourceId, filestore};
 
 use crate::freezer::Cgroup;
 
@@ -132,6 +133,16 @@ pub struct FilesystemUser {
     pub alias: ResourceId,
 }
 
+/// What a checkpoint has frozen: written before it does, removed when all is thawed. Whoever holds the lock and didn't
+/// write it knows that its writer is dead.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct FreezeMarker {
+    /// The cgroups that it froze, or was about to; what was frozen before isn't among them.
+    pub cgroups: Vec<Cgroup>,
+    /// Names of the filesystems on disk that it froze, or was about to.
+    pub filesystems: Vec<String>,
+}
+
 /// Paths of one sandbox's state.
 #[derive(Clone, Debug)]
 pub struct StateDir {
@@ -179,7 +190,11 @@ impl StateDir {
         // Whoever had it before may have removed the directory, with the lock in it.
         let mine = lock.metadata().map_err(at("stat", &path))?.ino();
         match fs::metadata(&path) {
-            Ok(there) if there.ino() == mine => Ok(Some(Locked { dir: self.clone(), _lock: lock })),
+            Ok(there) if there.ino() == mine => {
+                let locked = Locked { dir: self.clone(), _lock: lock };
+                locked.thaw_leftovers()?;
+                Ok(Some(locked))
+            }
             Ok(_) => self.lock(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(at("stat", &path)(error)),
@@ -215,6 +230,15 @@ impl StateDir {
     pub fn pod_filesystems(&self) -> Result<Vec<String>, StateError> {
         let names = names(&self.path.join("filesystems"))?;
         Ok(names.into_iter().filter(|name| name.starts_with(POD) && !name.contains('.')).collect())
+    }
+
+    fn freeze_path(&self) -> PathBuf {
+        self.path.join("freeze.json")
+    }
+
+    /// Whether a checkpoint has something frozen, or has left it so.
+    pub fn is_marked_frozen(&self) -> bool {
+        self.freeze_path().exists()
     }
 
     /// Whether there is no container and no filesystem.
@@ -280,6 +304,48 @@ impl Locked {
         write(&self.dir.path.join("last-checkpoint.json"), result)
     }
 
+    /// Writes what is about to be frozen.
+    pub fn put_freeze(&self, marker: &FreezeMarker) -> Result<(), StateError> {
+        write(&self.dir.freeze_path(), marker)
+    }
+
+    /// Says that all of it is thawed.
+    pub fn remove_freeze(&self) -> Result<(), StateError> {
+        let path = self.dir.freeze_path();
+        absent_is_fine(fs::remove_file(&path)).map_err(at("remove", &path))
+    }
+
+    /// Thaws what a checkpoint has left frozen that died. What can't be thawed stays marked, for the next one.
+    fn thaw_leftovers(&self) -> Result<(), StateError> {
+        let Some(FreezeMarker { cgroups, filesystems }) = read(&self.dir.freeze_path())? else {
+            return Ok(());
+        };
+        tracing::warn!(?cgroups, ?filesystems, "thawing what a checkpoint that died has left frozen");
+        let mut stuck = false;
+        let mut failed = |error: &dyn std::error::Error| {
+            tracing::error!(
+                error = crate::cli::chain(error),
+                "what a dead checkpoint froze couldn't be thawed"
+            );
+            stuck = true;
+        };
+        // First the filesystems: a process that waits for one couldn't go on.
+        for name in &filesystems {
+            let mountpoint = self.dir.mountpoint(name);
+            if let Err(error) = filestore::thaw(&mountpoint)
+                && mountpoint.exists()
+            {
+                failed(&error);
+            }
+        }
+        for cgroup in &cgroups {
+            if let Err(error) = cgroup.thaw_if_there() {
+                failed(&error);
+            }
+        }
+        if stuck { Ok(()) } else { self.remove_freeze() }
+    }
+
     /// Removes a filesystem's directory; it must be unmounted. A directory that is gone is fine.
     pub fn remove_filesystem(&self, name: &str) -> Result<(), StateError> {
         let path = self.dir.path.join("filesystems").join(name);
@@ -305,7 +371,7 @@ impl Locked {
         if !self.dir.is_unused()? {
             return Ok(());
         }
-        for name in ["last-checkpoint.json", "lock"] {
+        for name in ["last-checkpoint.json", "freeze.json", "lock"] {
             let file = self.dir.path.join(name);
             absent_is_fine(fs::remove_file(&file)).map_err(at("remove", &file))?;
         }

@@ -241,7 +241,7 @@ fn round(number: u64) -> u64 {
         assert_eq!(found, Some(want), "{path:?} in round {number} of {result:?}");
     }
     assert_eq!(found.len(), want.len());
-    result.copied_ahead_bytes
+    result.copied_live_bytes - result.superseded_bytes
 }
 
 #[test]

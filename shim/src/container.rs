@@ -145,6 +145,8 @@ impl Container {
     /// Freezes the container.
     pub async fn pause(&self) -> Result<(), TaskError> {
         let _freeze = self.freeze.lock().await;
+        // What is frozen already, by a checkpoint that died, runc refuses to pause.
+        self.filesystems.recover().await?;
         self.init.begin(Operation::Pause, State::Pausing)?;
         if let Err(error) = self.runc.pause(&self.id).await {
             self.init.step(State::Pausing, State::Running);

@@ -67,6 +67,11 @@ impl Filesystems {
         Ok(())
     }
 
+    /// Thaws what a checkpoint of the `stillframe` command has left frozen that died.
+    pub async fn recover(&self) -> Result<(), TaskError> {
+        self.call("thawing", |sandbox| sandbox.recover()).await
+    }
+
     /// Unmounts the container's filesystems and forgets them. Idempotent.
     pub async fn remove(&self) -> Result<(), TaskError> {
         let id = self.container_id.clone();

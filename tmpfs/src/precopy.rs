@@ -87,6 +87,10 @@ impl Precopied {
         Ok(())
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
     /// Takes back what may have changed without a new ctime.
     pub fn forget(&mut self, suspects: &Suspects) {
         match suspects {

@@ -93,7 +93,7 @@ pub fn save_tree<W: Write>(
     memory: &AsyncMemoryFileSave<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Contents::Memory(memory, None), out)
+    save(root, ids, Source::Memory(memory, Contents::Still, None), out)
 }
 
 /// The same for a filesystem of which files were copied ahead through `memory`: those that are still the same
@@ -102,10 +102,11 @@ pub fn save_copied_tree<W: Write>(
     root: &File,
     ids: &Ids,
     memory: &AsyncMemoryFileSave<'_>,
+    contents: Contents,
     precopied: &Precopied,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Contents::Memory(memory, Some(precopied)), out)
+    save(root, ids, Source::Memory(memory, contents, Some(precopied)), out)
 }
 
 /// Saves the tree of a filesystem on a filestore, which is frozen; its extents are offsets in the filestore, whose
@@ -115,19 +116,28 @@ pub fn save_private_tree<W: Write>(
     ids: &Ids,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Contents::Private, out)
+    save(root, ids, Source::Private, out)
 }
 
 /// The archive of a filesystem's tree, without extents.
 pub(crate) fn save_listing(root: &File, ids: &Ids) -> Result<Vec<u8>, SaveTreeError> {
-    Ok(save(root, ids, Contents::LeftOut, Vec::new())?.0)
+    Ok(save(root, ids, Source::LeftOut, Vec::new())?.0)
+}
+
+/// How files' contents may be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// Nothing changes until the pages are settled, so that they needn't be copied.
+    Still,
+    /// Whoever is frozen may be thawed while they are read, and what was read then is thrown away.
+    Moving,
 }
 
 /// Where a regular file's contents are.
 #[derive(Clone, Copy)]
-enum Contents<'a> {
+enum Source<'a> {
     /// In memory: they are saved one by one, unless they were copied ahead.
-    Memory(&'a AsyncMemoryFileSave<'a>, Option<&'a Precopied>),
+    Memory(&'a AsyncMemoryFileSave<'a>, Contents, Option<&'a Precopied>),
     /// In a filestore: only their places are.
     Private,
     /// Not asked for.
@@ -137,14 +147,15 @@ enum Contents<'a> {
 fn save<W: Write>(
     root: &File,
     ids: &Ids,
-    contents: Contents<'_>,
+    source: Source<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    let precopied = if let Contents::Memory(_, precopied) = contents { precopied } else { None };
+    let precopied = if let Source::Memory(_, _, precopied) = source { precopied } else { None };
+    let precopied = precopied.filter(|precopied| !precopied.is_empty());
     std::thread::scope(|scope| {
         let mut saver = Saver {
             ids,
-            contents,
+            source,
             writer: TreeWriter::new(out),
             summary: TreeSummary::default(),
             first_names: FirstNames::default(),
@@ -162,7 +173,7 @@ fn save<W: Write>(
 
 struct Saver<'a, W> {
     ids: &'a Ids,
-    contents: Contents<'a>,
+    source: Source<'a>,
     writer: TreeWriter<W>,
     summary: TreeSummary,
     first_names: FirstNames,
@@ -202,7 +213,7 @@ impl<W: Write> Saver<'_, W> {
         let kind = match content {
             Content::Directory => Kind::Directory,
             Content::File(file) => {
-                let extents = save_pages(self.contents, path, &file, stat.stx_size)?;
+                let extents = save_pages(self.source, path, &file, stat.stx_size)?;
                 self.summary.count(stat.stx_size, extents)
             }
             Content::Copied(extents) => {
@@ -227,7 +238,7 @@ impl<W: Write> Saver<'_, W> {
 
 /// Has a file's pages saved; the engine finds holes and zero pages by itself.
 fn save_pages(
-    contents: Contents<'_>,
+    source: Source<'_>,
     path: &[u8],
     file: &Arc<File>,
     size: u64,
@@ -236,17 +247,21 @@ fn save_pages(
         return Ok(Vec::new());
     }
     let path = || PathName(path.to_vec());
-    let memory = match contents {
-        Contents::Memory(memory, _) => memory,
-        Contents::Private => {
+    let (memory, contents) = match source {
+        Source::Memory(memory, contents, _) => (memory, contents),
+        Source::Private => {
             let operation = "find the blocks of";
             let failed = |source| SaveTreeError::Object { operation, path: path(), source };
             return private::extents(file, size).map_err(failed);
         }
-        Contents::LeftOut => return Ok(Vec::new()),
+        Source::LeftOut => return Ok(Vec::new()),
     };
     let whole = FileRange::new(0, size).expect("a file begins at 0");
-    memory.write_range(file, whole).map_err(|source| match source {
+    let saved = match contents {
+        Contents::Still => memory.write_range(file, whole),
+        Contents::Moving => memory.write_live_range(file, whole),
+    };
+    saved.map_err(|source| match source {
         SaveError::Truncated { .. } => SaveTreeError::Changed { path: path() },
         source => SaveTreeError::Pages { path: path(), source },
     })

@@ -118,6 +118,9 @@ pub enum SaveError {
     /// The main MemoryFile can't be saved as a whole, only range by range.
     #[error("the main MemoryFile is saved range by range, not as a whole")]
     MainMemoryFile,
+    /// It was told to end.
+    #[error("the save was cancelled")]
+    Cancelled,
 }
 
 impl SaveError {
@@ -137,7 +140,8 @@ impl SaveError {
             | Self::Read { .. }
             | Self::Map { .. }
             | Self::Buffer { .. }
-            | Self::MainMemoryFile => false,
+            | Self::MainMemoryFile
+            | Self::Cancelled => false,
         }
     }
 }
