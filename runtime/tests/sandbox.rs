@@ -93,7 +93,8 @@ impl Container {
         let (child, _) = self.process.as_ref().unwrap();
         let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
         let frozen = self.freezer_state();
-        stat.contains(") S ") && (frozen == "THAWED" || frozen == "0")
+        // It may be starting still.
+        !stat.contains(") Z ") && (frozen == "THAWED" || frozen == "0")
     }
 
     fn freezer_state(&self) -> String {
