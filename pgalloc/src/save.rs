@@ -16,7 +16,7 @@
 //! the writer, and so calls can't wait for each other.
 //!
 //! **Still files.** [`AsyncMemoryFileSave::write_range`] takes large ranges straight from their mapping, without a
-//! copy, after it has returned. So the source must be *still* from the call until `settle`: neither written nor
+//! copy, after it has returned. So the source must be *still* from the call until `drain` or `settle`: neither written nor
 //! truncated. A write makes its chunk's digest one of bytes that were not written (found when it is loaded); a
 //! truncation is an error naming the offset if it comes before the pages are mapped, and SIGBUS, which kills the
 //! process, if it comes between mapping and writing. Files are still while all who can write to them are frozen; a
@@ -171,6 +171,16 @@ impl AsyncPagesFileSave {
         SaveCanceller { failure: self.failure.clone() }
     }
 
+    /// Waits until nothing refers to the sources that were given so far: from then on they may change. More can be saved.
+    ///
+    /// # Errors
+    ///
+    /// The first error of the save.
+    pub fn drain(&self) -> Result<(), SaveError> {
+        self.tail.drain();
+        self.check()
+    }
+
     /// Waits for all writes. From then on the sources may change: what is left to do needs none of them.
     ///
     /// # Errors
@@ -250,7 +260,8 @@ impl Drop for AsyncPagesFileSave {
 }
 
 impl AsyncMemoryFileSave<'_> {
-    /// Saves `range` of `source`, which starts at a page and is still until the save is settled (see the module).
+    /// Saves `range` of `source`, which starts at a page and is still until the save is drained or settled (see the
+    /// module).
     ///
     /// Returns, before they are written, where its pages that aren't zero will be in the pages file: ascending and
     /// merged where contiguous; none for holes and for pages of zeros. If the range ends inside a page, that page

@@ -374,6 +374,36 @@ fn a_private_memory_file_is_saved_and_loaded_verbatim() {
 }
 
 #[test]
+fn after_a_drain_sources_may_change_and_more_is_saved() {
+    for (directory, options) in DESTINATIONS {
+        let pages = tempfile::tempfile_in(directory).unwrap();
+        let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), options).unwrap();
+        let main = save.register_memory_file(&MemoryFile::main()).unwrap();
+        save.drain().unwrap();
+        let mut files = Vec::new();
+        // By reference, with some pages copied before and behind.
+        for (seed, length) in [(1, 5000), (2, 30 << 20), (3, 5000), (4, 20 << 20)] {
+            let source = file_in(MEMORY);
+            source.write_all_at(&bytes(seed, length), 0).unwrap();
+            files.push((length as u64, main.write_range(&source, whole(&source)).unwrap()));
+            if length > 5000 {
+                save.drain().unwrap();
+                // Pages that something still refers to would be gone.
+                source.set_len(0).unwrap();
+            }
+        }
+        let summary = save.finish().unwrap();
+        let saved = Saved { pages, summary, files };
+        saved.check();
+        for (seed, file) in (1..).zip(saved.load()) {
+            let mut found = vec![0; file.metadata().unwrap().len() as usize];
+            file.read_exact_at(&mut found, 0).unwrap();
+            assert!(found == bytes(seed, found.len()), "file {seed} in {directory}");
+        }
+    }
+}
+
+#[test]
 fn a_live_file_is_saved_with_what_was_read() {
     const SIZE: u64 = 8 << 20;
     let range = FileRange::new(0, SIZE).unwrap();

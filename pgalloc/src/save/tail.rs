@@ -5,7 +5,7 @@
 //! it, or at the end. The writer never takes this lock, so it may be held while waiting for a gather buffer.
 
 use std::ops::Range;
-use std::sync::mpsc::{SendError, Sender};
+use std::sync::mpsc::{SendError, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use crate::buffer::{BufferPool, PageBuffer, Permit, lock};
@@ -45,6 +45,14 @@ impl Segment {
     }
 }
 
+/// What the writer is to do next.
+#[derive(Debug)]
+pub(crate) enum Order {
+    Write(Vec<Segment>),
+    /// Wait for all writes, then tell.
+    Drain(Sender<()>),
+}
+
 /// Segments that are contiguous in the pages file, to be written at once.
 #[derive(Debug, Default)]
 pub(crate) struct Write {
@@ -70,11 +78,11 @@ struct TailState {
     /// Bytes in `gather`.
     gathered: usize,
     /// `None` once the save is finished.
-    writer: Option<Sender<Vec<Segment>>>,
+    writer: Option<Sender<Order>>,
 }
 
 impl Tail {
-    pub(crate) fn new(gather_buffers: Arc<BufferPool>, writer: Sender<Vec<Segment>>) -> Self {
+    pub(crate) fn new(gather_buffers: Arc<BufferPool>, writer: Sender<Order>) -> Self {
         let state = TailState { next: 0, gather: None, gathered: 0, writer: Some(writer) };
         Self { state: Mutex::new(state), gather_buffers }
     }
@@ -121,6 +129,14 @@ impl Tail {
         state.send(segments);
     }
 
+    /// Waits until all that was appended by reference is written, or dropped after a failure.
+    pub(crate) fn drain(&self) {
+        let (done, written) = channel();
+        lock(&self.state).order(Order::Drain(done));
+        // An error says that the writer is gone, which `finish` passes on.
+        let _ = written.recv();
+    }
+
     /// Hands over what is gathered and tells the writer that this was all. Returns the pages file's length.
     pub(crate) fn close(&self) -> u64 {
         let mut state = lock(&self.state);
@@ -164,11 +180,15 @@ impl TailState {
     }
 
     fn send(&self, segments: Vec<Segment>) {
+        self.order(Order::Write(segments));
+    }
+
+    fn order(&self, order: Order) {
         let writer = self.writer.as_ref().expect("nothing is appended to a finished pages file");
         // The writer takes segments, if only to drop them, until it is told that there are no more. It can't be gone
         // unless it panicked, which `finish` passes on.
-        if let Err(SendError(segments)) = writer.send(segments) {
-            drop(segments);
+        if let Err(SendError(order)) = writer.send(order) {
+            drop(order);
         }
     }
 }
@@ -188,7 +208,6 @@ pub(crate) fn push_extent(extents: &mut Vec<PageExtent>, extent: PageExtent) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::mpsc::channel;
 
     fn extent(file_offset: u64, length: u64, pages_offset: u64) -> PageExtent {
         PageExtent { file_offset, length, pages_offset: PagesOffset(pages_offset) }
@@ -225,7 +244,11 @@ mod tests {
         tail.append_pages(&memory, &pieces, &mut extents);
         tail.append_copies([(0, &[3u8; 1][..])].into_iter(), &mut extents).unwrap();
         assert_eq!(tail.close(), 7 * 4096);
-        let segments: Vec<Segment> = receiver.iter().flatten().collect();
+        let orders = receiver.iter().map(|order| match order {
+            Order::Write(segments) => segments,
+            Order::Drain(_) => panic!("nobody asked for it"),
+        });
+        let segments: Vec<Segment> = orders.flatten().collect();
         let lengths: Vec<usize> = segments.iter().map(|segment| segment.length).collect();
         assert_eq!(lengths, [8192, 4096, 8192, 4096, 4096]);
         assert!(

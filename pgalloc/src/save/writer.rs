@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use crate::digest::{ChunkDigester, DigestTable};
 use crate::save::error::SaveError;
 use crate::save::pages_file::{PagesFile, write_error};
-use crate::save::tail::{Segment, Write};
+use crate::save::tail::{Order, Segment, Write};
 use crate::sys::ring::WriteRing;
 
 /// Most bytes, and most pieces, in a write.
@@ -26,7 +26,7 @@ const DEPTH: u32 = 16;
 /// What the writer thread works on.
 pub(crate) struct Writer {
     pages_file: PagesFile,
-    segments: Receiver<Vec<Segment>>,
+    orders: Receiver<Order>,
     /// The first failure, seen by the producers.
     failure: Arc<OnceLock<SaveError>>,
     ring: Option<WriteRing>,
@@ -38,7 +38,7 @@ pub(crate) struct Writer {
 impl Writer {
     pub(crate) fn new(
         pages_file: PagesFile,
-        segments: Receiver<Vec<Segment>>,
+        orders: Receiver<Order>,
         failure: Arc<OnceLock<SaveError>>,
         io_uring: bool,
     ) -> Self {
@@ -47,7 +47,7 @@ impl Writer {
         });
         Self {
             pages_file,
-            segments,
+            orders,
             failure,
             ring,
             digester: ChunkDigester::default(),
@@ -57,30 +57,42 @@ impl Writer {
 
     /// Writes until the producers' side is closed. Returns the file and the digests of all that was written.
     pub(crate) fn run(mut self) -> (PagesFile, DigestTable) {
-        while let Some(segments) = self.next() {
-            if self.failure.get().is_some() {
-                continue;
-            }
-            for segment in segments {
-                self.digester.update(segment.bytes());
-                self.add(segment);
+        while let Some(order) = self.next() {
+            match order {
+                Order::Write(_) if self.failure.get().is_some() => {}
+                Order::Write(segments) => {
+                    for segment in segments {
+                        self.digester.update(segment.bytes());
+                        self.add(segment);
+                    }
+                }
+                Order::Drain(done) => {
+                    self.drain();
+                    // Whoever asked may have given up.
+                    let _ = done.send(());
+                }
             }
         }
-        self.submit();
-        while self.complete() {}
+        self.drain();
         (self.pages_file, self.digester.finish())
     }
 
-    /// The next segments; `None` when there are no more. Takes completions while there is nothing else to do, so that
+    /// Writes what is gathered and waits for all writes.
+    fn drain(&mut self) {
+        self.submit();
+        while self.complete() {}
+    }
+
+    /// The next order; `None` when there are no more. Takes completions while there is nothing else to do, so that
     /// producers get their memory back.
-    fn next(&mut self) -> Option<Vec<Segment>> {
+    fn next(&mut self) -> Option<Order> {
         loop {
-            match self.segments.try_recv() {
-                Ok(segments) => return Some(segments),
+            match self.orders.try_recv() {
+                Ok(order) => return Some(order),
                 Err(TryRecvError::Disconnected) => return None,
                 Err(TryRecvError::Empty) => {
                     if !self.complete() {
-                        return self.segments.recv().ok();
+                        return self.orders.recv().ok();
                     }
                 }
             }
