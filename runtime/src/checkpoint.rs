@@ -8,7 +8,7 @@
 //! Phases, and what they are called: [`Phase`]. What is frozen, and for how long at most: `checkpoint/freeze.rs`.
 //!
 //! A filesystem on disk is frozen besides, once no process can write to it any more, so that its file is
-//! consistent. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen filesystem
+//! consistent, and if the host's filesystem has reflinks, that file is read from a clone when all is thawed. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen filesystem
 //! couldn't be frozen itself.
 
 mod error;
@@ -22,8 +22,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use stillframe_pgalloc::{
-    AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, PagesMeta, PrivateMemoryFileMeta, SaveError,
-    SaveOptions, SettledPagesFile,
+    AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, PagesMeta, SaveError, SaveOptions,
 };
 use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::precopy::Precopied;
@@ -38,7 +37,7 @@ use crate::freezer::Cgroup;
 use crate::image::{self, ImageWriter, PartWriter};
 use crate::manifest::{Manifest, Offsets, Part, PrivateFormat, SavedContainer, SavedFilesystem};
 use crate::process;
-use crate::selected::{Selected, count_unlinked, not_on_itself, open_views, others, select};
+use crate::selected::{SavedFile, Selected, count_unlinked, not_on_itself, open_views, others, select};
 use crate::selector::Selector;
 use crate::state::{ContainerRecord, FilesystemRecord, Locked};
 use crate::unlinked::Unlinked;
@@ -107,6 +106,8 @@ pub struct CheckpointResult {
     pub copied_live_bytes: u64,
     /// Bytes that were copied while they were frozen.
     pub copied_frozen_bytes: u64,
+    /// Bytes that were copied after that: of the files of filesystems on disk, from clones made while they were frozen.
+    pub copied_thawed_bytes: u64,
     /// Bytes that were copied while they ran in vain: they are in the pages file, and nothing refers to them.
     pub superseded_bytes: u64,
     /// Files that were open but had no name: they aren't in the image.
@@ -194,7 +195,7 @@ fn take(
     };
     progress.enter(Phase::Commit);
     let (copied_live_bytes, superseded_bytes) = (saved.copied_live, saved.superseded);
-    let (manifest, pages) = commit(saved, &container, image)?;
+    let (manifest, pages, copied_thawed_bytes) = commit(saved, &container, image)?;
     if request.kill {
         process::kill(init).map_err(|source| CheckpointCause::Kill { pid: init.pid, source })?;
     }
@@ -216,7 +217,8 @@ fn take(
         zero_bytes: pages.zero_bytes,
         rounds: u32::from(ahead.iter().any(Option::is_some)),
         copied_live_bytes,
-        copied_frozen_bytes: pages.data_bytes.saturating_sub(copied_live_bytes),
+        copied_frozen_bytes: pages.data_bytes.saturating_sub(copied_live_bytes + copied_thawed_bytes),
+        copied_thawed_bytes,
         superseded_bytes,
         unlinked,
         frozen_ms: frozen_for.map_or(0.0, milliseconds),
@@ -227,10 +229,12 @@ fn take(
 
 /// What was read within the freeze, and needs the container no more.
 struct Saved {
-    pages: SettledPagesFile,
+    /// Drained.
+    pages: AsyncPagesFileSave,
     tree: PartWriter,
     filesystems: Vec<SavedFilesystem>,
-    private: Vec<PrivateMemoryFileMeta>,
+    /// The private MemoryFiles, by their numbers.
+    private: Vec<SavedFile>,
     /// Bytes that were copied before the freeze.
     copied_live: u64,
     /// Bytes that were copied before the freeze in vain; nothing refers to them.
@@ -270,7 +274,7 @@ fn save(
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
     let mut tree = PartWriter::new(image.file(image::TREE)?);
     let mut filesystems = Vec::new();
-    let mut private = Vec::new();
+    let mut private: Vec<SavedFile> = Vec::new();
     let mut frozen = Vec::new();
     let mut copied_ahead = 0;
     for ((selected, view), ahead) in selected.iter().zip(views).zip(ahead) {
@@ -285,10 +289,10 @@ fn save(
                 save_copied_tree(view, &container.ids, &memory, contents, copied, tree)
             }
             Some(path) => {
-                let (guard, meta) = selected.save_filestore(path, &pages, image)?;
+                let (guard, file) = selected.save_filestore(path, &pages, image)?;
                 frozen.push(guard);
                 let index = u32::try_from(private.len()).expect("a sandbox has fewer filesystems");
-                private.push(PrivateMemoryFileMeta { index, ..meta });
+                private.push(file);
                 let (format, ids) = (PrivateFormat::Ext4, container.ids.clone());
                 offsets = Offsets::PrivateFile { index, format, ids };
                 save_private_tree(view, &container.ids, tree)
@@ -310,23 +314,31 @@ fn save(
             data_bytes: summary.data_bytes,
         });
     }
-    let pages = pages.settle().map_err(pages_failed)?;
+    pages.drain().map_err(pages_failed)?;
     drop(frozen);
     let copied_live = ahead.iter().flatten().map(|ahead| ahead.copied().bytes).sum::<u64>();
     let superseded = copied_live - copied_ahead;
     Ok(Saved { pages, tree, filesystems, private, copied_live, superseded })
 }
 
-/// Makes the parts durable and the directory an image.
+/// Reads what needs no freeze, makes the parts durable and the directory an image.
+///
+/// Besides the image's contents gives the bytes that were read here.
 fn commit(
     saved: Saved,
     container: &ContainerRecord,
     image: ImageWriter,
-) -> Result<(Manifest, PagesFileSummary), CheckpointCause> {
-    let pages = saved.pages.finish().map_err(|source| pages_failed(&image, source))?;
+) -> Result<(Manifest, PagesFileSummary, u64), CheckpointCause> {
+    let pages_failed = |source| pages_failed(&image, source);
+    let (mut private, mut copied_thawed) = (Vec::new(), 0);
+    for (index, file) in (0..).zip(saved.private) {
+        let (meta, copied) = file.finish(index, &saved.pages).map_err(pages_failed)?;
+        private.push(meta);
+        copied_thawed += copied;
+    }
+    let pages = saved.pages.finish().map_err(pages_failed)?;
     let tree = saved.tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
-    let (digests, private) = (pages.digests.clone(), saved.private);
-    let meta = PagesMeta { pages_length: pages.length, digests, private };
+    let meta = PagesMeta { pages_length: pages.length, digests: pages.digests.clone(), private };
     let meta = meta.encode();
     image.write(image::META, &meta)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -341,7 +353,7 @@ fn commit(
         filesystems: saved.filesystems,
     };
     image.commit(&manifest)?;
-    Ok((manifest, pages))
+    Ok((manifest, pages, copied_thawed))
 }
 
 /// A full disk is found out while some file is being saved, which has nothing to do with it.

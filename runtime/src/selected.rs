@@ -6,8 +6,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, PrivateMemoryFileMeta};
-use stillframe_tmpfs::filestore::{self, FilestoreError};
+use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, PrivateMemoryFileMeta, SaveError};
+use stillframe_tmpfs::filestore::{self, FilestoreError, reflink};
 use stillframe_tmpfs::mount::open_view;
 
 use crate::checkpoint::{CheckpointCause, pages_failed};
@@ -35,22 +35,56 @@ impl Selected {
     pub(crate) fn settle(&self) -> Result<(), CheckpointCause> {
         filestore::thaw(&self.mountpoint)
             .and_then(|()| filestore::settle(&self.mountpoint))
-            .map_err(|source| self.filestore_failed(source))
+            .map_err(|source| self.filestore_failed(source))?;
+        self.record.filestore.as_ref().map_or(Ok(()), |path| {
+            reflink::prepare(path).map_err(|source| self.file_failed("sync", path, source))
+        })
     }
 
-    /// Freezes it and has its file saved.
+    /// Freezes it, and clones its file or has it saved.
     pub(crate) fn save_filestore(
         &self,
         path: &Path,
         pages: &AsyncPagesFileSave,
         image: &ImageWriter,
-    ) -> Result<(filestore::Frozen, PrivateMemoryFileMeta), CheckpointCause> {
-        let file = File::open(path).map_err(|source| {
-            self.filestore_failed(FilestoreError::File { operation: "open", path: path.to_owned(), source })
-        })?;
+    ) -> Result<(filestore::Frozen, SavedFile), CheckpointCause> {
+        let file = File::open(path).map_err(|source| self.file_failed("open", path, source))?;
         let frozen = filestore::freeze(&self.mountpoint).map_err(|source| self.filestore_failed(source))?;
+        if let Some(clone) = reflink::clone(path) {
+            return Ok((frozen, SavedFile::Clone(MemoryFile::private(clone))));
+        }
         let saved = MemoryFile::private(file).save_to(pages).map_err(|source| pages_failed(image, source))?;
-        Ok((frozen, saved))
+        Ok((frozen, SavedFile::InPlace(saved)))
+    }
+
+    fn file_failed(&self, operation: &'static str, path: &Path, source: io::Error) -> CheckpointCause {
+        self.filestore_failed(FilestoreError::File { operation, path: path.to_owned(), source })
+    }
+}
+
+/// How the file of a filesystem on disk is saved.
+pub(crate) enum SavedFile {
+    /// From a clone, which is still to be done and needs no freeze any more.
+    Clone(MemoryFile),
+    /// Itself: it must be still until the pages are drained.
+    InPlace(PrivateMemoryFileMeta),
+}
+
+impl SavedFile {
+    /// The metadata of private MemoryFile number `index`, and the bytes that had to be read for them.
+    pub(crate) fn finish(
+        self,
+        index: u32,
+        pages: &AsyncPagesFileSave,
+    ) -> Result<(PrivateMemoryFileMeta, u64), SaveError> {
+        match self {
+            Self::Clone(clone) => {
+                let meta = clone.save_to(pages)?;
+                let read = meta.extents.iter().map(|extent| extent.length).sum();
+                Ok((PrivateMemoryFileMeta { index, ..meta }, read))
+            }
+            Self::InPlace(meta) => Ok((PrivateMemoryFileMeta { index, ..meta }, 0)),
+        }
     }
 }
 

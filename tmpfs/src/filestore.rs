@@ -15,6 +15,7 @@
 //! A filestore out of an image is hostile: its superblock is judged by us, then e2fsck judges the rest, before the
 //! kernel sees it, and what it holds is compared with the tree ([`crate::private::verify`]).
 
+pub mod reflink;
 mod tools;
 
 use std::fs::{self, File, OpenOptions, Permissions};

@@ -101,7 +101,12 @@ impl Pod {
 
     /// The file of a filesystem on disk.
     pub fn file(&self, name: &str) -> PathBuf {
-        self.dir.path().join(format!("filestore/{}/s/{name}.img", self.namespace))
+        self.file_in(&self.dir.path().join("filestore"), name)
+    }
+
+    /// The same with another directory of filestores.
+    pub fn file_in(&self, filestore: &Path, name: &str) -> PathBuf {
+        filestore.join(format!("{}/s/{name}.img", self.namespace))
     }
 
     /// What config.json says of the container's mounts now.
