@@ -109,6 +109,11 @@ impl<'a> Pod<'a> {
         &self.id
     }
 
+    /// Its UID.
+    pub fn uid(&self) -> String {
+        self.config.metadata.as_ref().map(|metadata| metadata.uid.clone()).unwrap_or_default()
+    }
+
     /// A container about to be run in it, which waits to be killed.
     pub fn container(&self, name: &str) -> PodContainerSpec<'_, 'a> {
         let metadata = api::ContainerMetadata { name: name.to_owned(), attempt: 0 };

@@ -130,26 +130,38 @@ fn a_container_is_created_from_an_archive() {
         let spec = cri.pod("old").handler(handler);
         let old = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(64 << 20)).unwrap();
         let pod = spec.run().unwrap();
+        let parts = MemoryVolume::new(cri.containerd().dir(), &pod.uid(), "parts", Some(8 << 20)).unwrap();
+        let part = parts.sub_path("part", "web", 1).unwrap();
         let web = pod.container("web").image(&registry.name()).capability("SYS_ADMIN");
-        let web = web.mount(old.path(), "/cache").start().unwrap();
+        let web = web.mount(old.path(), "/cache").mount(part.path(), "/part").start().unwrap();
         assert_eq!(web.exec(&["probe", "fill", "/cache", "--seed", "32"]).unwrap().code, 0);
-        web.shell("echo layer > /layer");
-        let cache = web.list("/cache");
+        web.shell("echo layer > /layer; echo part > /part/file; chmod 750 /part; echo segment > /dev/shm/segment");
+        std::fs::write(parts.path().join("beside"), "beside\n").unwrap();
+        let lists = ["/cache", "/part", "/dev/shm"].map(|path| (path, web.list(path)));
         web.checkpoint(&archive).unwrap();
         pod.remove().unwrap();
-        drop(old);
+        drop((old, part, parts));
 
         let spec = cri.pod("new").handler(handler);
         let new = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(64 << 20)).unwrap();
         let pod = spec.run().unwrap();
+        // Only this container is told of the archive: the sandbox's own has had the pod's /dev/shm from the start, and kubelet has
+        // made the part's directory and holds it by a bind mount.
+        let parts = MemoryVolume::new(cri.containerd().dir(), &pod.uid(), "parts", Some(8 << 20)).unwrap();
+        let part = parts.sub_path("part", "web", 1).unwrap();
         let web = pod.container("web").image(&archive.display().to_string()).capability("SYS_ADMIN");
-        let web = web.mount(new.path(), "/cache").start().unwrap();
-        same("/cache restored", &cache, &web.list("/cache"));
+        let web = web.mount(new.path(), "/cache").mount(part.path(), "/part").start().unwrap();
+        for (path, list) in &lists {
+            same(path, list, &web.list(path));
+        }
+        assert_eq!(parts.names(), ["beside", "part"]);
         assert_eq!(web.shell("cat /layer"), "layer\n");
+        let db = pod.container("db").mount(parts.path(), "/parts").start().unwrap();
+        assert_eq!(db.shell("cat /parts/part/file /parts/beside /dev/shm/segment"), "part\nbeside\nsegment\n");
         web.stop(0).unwrap();
         assert_eq!(web.await_state(State::ContainerExited).unwrap().exit_code, 137);
         pod.remove().unwrap();
-        drop(new);
+        drop((new, part, parts));
         nothing_left(&cri);
     }
     cri.stop().unwrap();
