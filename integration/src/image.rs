@@ -36,6 +36,24 @@ pub enum ImageError {
 pub fn build(path: &Path) -> Result<(), ImageError> {
     let busybox = binaries::find("busybox").ok_or(ImageError::Missing("busybox"))?;
     let layer = layer(&busybox, &binaries::probe())?;
+    let commands = [(NAME, &["/bin/sh"][..]), (PAUSE, &["/bin/probe", "idle"])];
+    write(path, &layer, "application/vnd.oci.image.layer.v1.tar", &commands)
+}
+
+/// Writes an image whose one layer is a file, compressed with gzip or not at all, to `path`. It can't be run.
+pub fn of_layer(path: &Path, name: &str, layer: &Path) -> Result<(), ImageError> {
+    let layer = fs::read(layer)?;
+    let gzip = if layer.starts_with(&[0x1f, 0x8b]) { "+gzip" } else { "" };
+    write(path, &layer, &format!("application/vnd.oci.image.layer.v1.tar{gzip}"), &[(name, &[][..])])
+}
+
+/// Images of one layer, by name and command.
+fn write(
+    path: &Path,
+    layer: &[u8],
+    layer_type: &str,
+    commands: &[(&str, &[&str])],
+) -> Result<(), ImageError> {
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -43,12 +61,12 @@ pub fn build(path: &Path) -> Result<(), ImageError> {
     };
     let mut entries = Vec::new();
     let mut blobs = Vec::new();
-    for (name, command) in [(NAME, &["/bin/sh"][..]), (PAUSE, &["/bin/probe", "idle"])] {
+    for (name, command) in commands {
         let config = json!({
             "architecture": architecture,
             "os": "linux",
             "config": {"Env": ["PATH=/bin"], "Cmd": command, "WorkingDir": "/"},
-            "rootfs": {"type": "layers", "diff_ids": [digest(&layer)]},
+            "rootfs": {"type": "layers", "diff_ids": [digest(layer)]},
             "history": [{"created_by": "stillframe-integration"}],
         })
         .to_string();
@@ -56,7 +74,7 @@ pub fn build(path: &Path) -> Result<(), ImageError> {
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": descriptor("application/vnd.oci.image.config.v1+json", config.as_bytes()),
-            "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", &layer)],
+            "layers": [descriptor(layer_type, layer)],
         })
         .to_string();
         let mut entry = descriptor("application/vnd.oci.image.manifest.v1+json", manifest.as_bytes());
@@ -72,7 +90,7 @@ pub fn build(path: &Path) -> Result<(), ImageError> {
     let layout = r#"{"imageLayoutVersion":"1.0.0"}"#;
     append_file(&mut tar, "oci-layout", 0o644, layout.as_bytes())?;
     append_file(&mut tar, "index.json", 0o644, index.as_bytes())?;
-    for blob in blobs.iter().map(String::as_bytes).chain([layer.as_slice()]) {
+    for blob in blobs.iter().map(String::as_bytes).chain([layer]) {
         append_file(&mut tar, &format!("blobs/sha256/{}", &digest(blob)["sha256:".len()..]), 0o644, blob)?;
     }
     tar.into_inner()?.flush()?;

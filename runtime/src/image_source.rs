@@ -6,7 +6,7 @@
 //! to write to.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::image::{MANIFEST, META, PAGES, TREE};
@@ -63,9 +63,8 @@ impl ImageSource {
             |operation| move |source| ImageSourceError::Read { operation, path: path.to_owned(), source };
         let directory = tempfile::Builder::new().prefix("stillframe-image-").tempdir();
         let directory = directory.map_err(fail("unpack"))?;
-        unpack(path, directory.path()).map_err(fail("unpack"))?;
-        let missing = [MANIFEST, TREE, META].into_iter().find(|name| !directory.path().join(name).exists());
-        // The pages may be kept apart; who opens the image knows.
+        let archive = File::open(path).map_err(fail("open"))?;
+        let missing = unpack(archive, directory.path()).map_err(fail("unpack"))?;
         match missing {
             Some(missing) => Err(ImageSourceError::NoImage { path: path.to_owned(), missing }),
             None => Ok(Self::Unpacked(directory)),
@@ -81,8 +80,10 @@ impl ImageSource {
     }
 }
 
-fn unpack(archive: &Path, directory: &Path) -> io::Result<()> {
-    let mut archive = tar::Archive::new(File::open(archive)?);
+/// Unpacks the image in a tar archive, in its directory `checkpoint/` or in its root, into a directory that is empty. Gives
+/// the name of a file that is missing then, if one is. The pages may be kept apart; who opens the image knows.
+pub fn unpack(archive: impl Read, directory: &Path) -> io::Result<Option<&'static str>> {
+    let mut archive = tar::Archive::new(archive);
     for entry in archive.entries()? {
         let mut entry = entry?;
         let name = entry.path_bytes().into_owned();
@@ -94,7 +95,7 @@ fn unpack(archive: &Path, directory: &Path) -> io::Result<()> {
             io::copy(&mut entry, &mut file)?;
         }
     }
-    Ok(())
+    Ok([MANIFEST, TREE, META].into_iter().find(|name| !directory.join(name).exists()))
 }
 
 #[cfg(test)]

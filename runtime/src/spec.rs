@@ -14,7 +14,8 @@ use stillframe_tmpfs::{IdMap, IdMapping, Ids};
 
 /// Name of the container in ResourceIDs, over all else.
 pub const NAME_ANNOTATION: &str = "dev.stillframe.container-name";
-/// Image to restore the container's filesystems from: an absolute path of a directory or a tar archive of one.
+/// Image to restore the container's filesystems from: an absolute path of a directory or a tar archive of one. (The shim
+/// also takes the name of an image in containerd, and gives the runtime a directory for it.)
 pub const RESTORE_FROM_ANNOTATION: &str = "dev.stillframe.restore-from";
 /// Directory in which the pages of a checkpoint taken through containerd are kept, apart from its archive.
 pub const IMAGE_DIR_ANNOTATION: &str = "dev.stillframe.image-dir";

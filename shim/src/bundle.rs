@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use stillframe_runtime::spec::RESTORE_FROM_ANNOTATION;
 
 /// Why a bundle can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +72,12 @@ impl Spec {
             Err(source) => return Err(BundleError::Read { path, source }),
         };
         serde_json::from_slice(&text).map_err(|source| BundleError::Decode { path, source })
+    }
+
+    /// The name of the image of containerd's that the container is to be restored from, if it is one: a path isn't.
+    pub fn image_to_restore(&self) -> Option<&str> {
+        let from = self.annotations.get(RESTORE_FROM_ANNOTATION)?;
+        (!from.is_empty() && !from.starts_with('/')).then_some(from)
     }
 
     /// The sandbox that container `id` belongs to: the containers of one sandbox share a shim and a state directory. A

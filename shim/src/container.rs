@@ -48,6 +48,8 @@ const DEATH: Duration = Duration::from_secs(10);
 pub struct Shim {
     /// containerd's namespace.
     pub namespace: String,
+    /// containerd's main socket.
+    pub address: PathBuf,
     /// Collects dead children.
     pub reaper: Arc<Reaper>,
     /// Events to containerd.

@@ -26,7 +26,7 @@ use crate::process::Process;
 use crate::reaper::Exit;
 use crate::sandbox::Filesystems;
 use crate::stdio::{Owner, ProcessIo};
-use crate::{driver, error, oom, options, rootfs};
+use crate::{driver, error, fetch, oom, options, rootfs};
 
 /// How far the making has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,8 +93,18 @@ impl Making<'_> {
         // containerd before 2.0 passes a client's image path in the options only, for runtimes not named runc.
         let image =
             [&request.checkpoint, &self.options.criu_image_path].into_iter().find(|path| !path.is_empty());
+        // Of a directory or an archive that the annotation names nothing need be known here.
+        let named = self.spec.image_to_restore().filter(|_| image.is_none());
+        let fetched = match named {
+            Some(name) => {
+                let failed = |source| TaskError::Fetch { id: request.id.clone(), source };
+                Some(fetch::fetch(self.shim, name).await.map_err(failed)?)
+            }
+            None => None,
+        };
+        let fetched_path = fetched.as_ref().map(|fetched| fetched.path().to_owned());
         let (runtime, image) = (driver::binary(&self.options), image.map(PathBuf::from));
-        self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image).await?;
+        self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image.or(fetched_path)).await?;
         self.phase = Phase::Prepared;
 
         let owner = Owner {

@@ -240,8 +240,9 @@ fn last_error(log: &str) -> String {
         .unwrap_or_default()
 }
 
+/// Runs commands to their end: their exits are the reaper's.
 #[derive(Debug)]
-struct ReaperSpawner(Arc<Reaper>);
+pub struct ReaperSpawner(pub Arc<Reaper>);
 
 #[async_trait]
 impl Spawner for ReaperSpawner {

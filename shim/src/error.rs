@@ -7,9 +7,11 @@ use std::io;
 
 use containerd_shim::protos::protobuf;
 use containerd_shim::protos::ttrpc::{self, Code};
+use stillframe_runtime::spec::RESTORE_FROM_ANNOTATION;
 
 use crate::bundle::BundleError;
 use crate::driver::RuncError;
+use crate::fetch::FetchError;
 use crate::lifecycle::Refused;
 use crate::metrics::MetricsError;
 use crate::options::OptionsError;
@@ -96,6 +98,15 @@ pub enum TaskError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
+    /// The image to restore from.
+    #[error("annotation {RESTORE_FROM_ANNOTATION} of container {id}")]
+    Fetch {
+        /// The container.
+        id: String,
+        /// Why it isn't to be had.
+        #[source]
+        source: FetchError,
+    },
     /// JSON in the request.
     #[error("the request's {what} is not valid")]
     Json {
@@ -160,6 +171,7 @@ impl TaskError {
             | TaskError::Stdio(_)
             | TaskError::Metrics(_)
             | TaskError::Sandbox { .. }
+            | TaskError::Fetch { .. }
             | TaskError::Shim { .. }
             | TaskError::Io { .. }
             | TaskError::Encode(_) => Code::UNKNOWN,

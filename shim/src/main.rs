@@ -5,6 +5,7 @@
 //!   start    bootstrap -> launch            containerd asks for a shim: binds its socket, starts `serve`
 //!   serve    serve -> service -> container  the shim: one process a sandbox
 //!   delete   cleanup                        the shim is dead: containerd has its remains removed
+//!   fetch    fetch -> image -> store        asked by `serve`: unpacks the checkpoint in an image of containerd's
 //!   -info    info                           what the runtime can do
 //! ```
 //!
@@ -20,6 +21,8 @@ mod driver;
 mod error;
 mod events;
 mod exec;
+mod fetch;
+mod image;
 mod info;
 mod launch;
 mod lifecycle;
@@ -34,6 +37,7 @@ mod sandbox;
 mod serve;
 mod service;
 mod stdio;
+mod store;
 mod sys;
 
 use std::error::Error;
@@ -45,6 +49,17 @@ use containerd_shim::protos::protobuf::Message;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some((action, rest)) = arguments.split_first()
+        && action == fetch::ACTION
+    {
+        return match fetch::run(rest) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{}", error::chain(&error));
+                ExitCode::FAILURE
+            }
+        };
+    }
     let flags = match containerd_shim::parse(&arguments) {
         Ok(flags) => flags,
         Err(error) => return complain(&error, &mut std::io::stderr()),

@@ -59,7 +59,12 @@ pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
     let listener = take_listener().map_err(failed("taking over the socket"))?;
     let address = std::env::var("TTRPC_ADDRESS").unwrap_or_default();
     let publisher = Publisher::start(address, flags.namespace.clone());
-    let shim = Arc::new(Shim { namespace: flags.namespace.clone(), reaper, publisher: publisher.clone() });
+    let shim = Arc::new(Shim {
+        namespace: flags.namespace.clone(),
+        address: flags.address.clone().into(),
+        reaper,
+        publisher: publisher.clone(),
+    });
     let exit = Arc::new(ExitSignal::default());
     let mut server = server(TaskService::new(shim, exit.clone()), listener)?;
     server.start().await.map_err(ServeError::Server)?;

@@ -368,7 +368,12 @@ mod tests {
 
     fn service() -> (TaskService, Arc<ExitSignal>) {
         let publisher = Publisher::start("/nonexistent/ttrpc".into(), "tests".into());
-        let shim = Shim { namespace: "tests".into(), reaper: Arc::new(Reaper::default()), publisher };
+        let shim = Shim {
+            namespace: "tests".into(),
+            address: PathBuf::new(),
+            reaper: Arc::new(Reaper::default()),
+            publisher,
+        };
         let exit = Arc::new(ExitSignal::default());
         (TaskService::new(Arc::new(shim), exit.clone()), exit)
     }

@@ -135,7 +135,9 @@ fn a_container_is_created_from_an_archive() {
         let web = pod.container("web").image(&registry.name()).capability("SYS_ADMIN");
         let web = web.mount(old.path(), "/cache").mount(part.path(), "/part").start().unwrap();
         assert_eq!(web.exec(&["probe", "fill", "/cache", "--seed", "32"]).unwrap().code, 0);
-        web.shell("echo layer > /layer; echo part > /part/file; chmod 750 /part; echo segment > /dev/shm/segment");
+        web.shell(
+            "echo layer > /layer; echo part > /part/file; chmod 750 /part; echo segment > /dev/shm/segment",
+        );
         std::fs::write(parts.path().join("beside"), "beside\n").unwrap();
         let lists = ["/cache", "/part", "/dev/shm"].map(|path| (path, web.list(path)));
         web.checkpoint(&archive).unwrap();
@@ -157,7 +159,10 @@ fn a_container_is_created_from_an_archive() {
         assert_eq!(parts.names(), ["beside", "part"]);
         assert_eq!(web.shell("cat /layer"), "layer\n");
         let db = pod.container("db").mount(parts.path(), "/parts").start().unwrap();
-        assert_eq!(db.shell("cat /parts/part/file /parts/beside /dev/shm/segment"), "part\nbeside\nsegment\n");
+        assert_eq!(
+            db.shell("cat /parts/part/file /parts/beside /dev/shm/segment"),
+            "part\nbeside\nsegment\n"
+        );
         web.stop(0).unwrap();
         assert_eq!(web.await_state(State::ContainerExited).unwrap().exit_code, 137);
         pod.remove().unwrap();

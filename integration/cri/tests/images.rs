@@ -1,0 +1,106 @@
+//! A pod is restored from an image that containerd has: one that `ctr` made, and one that was made of an archive.
+
+use std::fs;
+use std::process::Command;
+
+use stillframe_cri::{Cri, MemoryVolume, PodContainer};
+use stillframe_integration::{ContainerdVersion, Listing, compare, image};
+
+stillframe_integration::with_every_containerd!(
+    a_pod_comes_back_from_an_image_in_containerd,
+    an_image_without_a_checkpoint_is_refused_by_name,
+);
+
+const RESTORE_FROM: &str = "dev.stillframe.restore-from";
+
+#[track_caller]
+fn nothing_left(cri: &Cri) {
+    let residue = cri.containerd().settled_residue();
+    assert!(residue.is_empty(), "left behind:\n{residue}");
+    let unpacked = fs::read_dir(cri.containerd().dir().join("tmp")).unwrap();
+    let left: Vec<_> = unpacked
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("stillframe"))
+        .collect();
+    assert!(left.is_empty(), "left behind: {left:?}");
+}
+
+#[track_caller]
+fn same(what: &str, before: &Listing, after: &Listing) {
+    let differences: Vec<_> = compare(before, after).iter().map(ToString::to_string).collect();
+    assert!(differences.is_empty(), "{what}:\n{}", differences.join("\n"));
+}
+
+/// An archive as a checkpoint request writes it: by one, from containerd 2.0 on, else laid out in the same way.
+fn archive(cri: &Cri, version: &ContainerdVersion, web: &PodContainer<'_>) {
+    let dir = cri.containerd().dir();
+    let archive = dir.join("checkpoint.tar");
+    if version.numbers() >= (2, 0) {
+        return web.checkpoint(&archive).unwrap();
+    }
+    let image = dir.join("saved/checkpoint");
+    fs::create_dir(dir.join("saved")).unwrap();
+    let words = ["fscheckpoint", "--namespace", "k8s.io", "--leave-running", "--image-path"];
+    let path = image.display().to_string();
+    cri.containerd().stillframe(&[&words[..], &[&path, web.id()]].concat()).unwrap();
+    let mut tar = Command::new("tar");
+    tar.arg("-cf").arg(&archive).arg("-C").arg(dir.join("saved")).arg("checkpoint");
+    assert!(tar.status().unwrap().success());
+}
+
+fn a_pod_comes_back_from_an_image_in_containerd(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let containerd = cri.containerd();
+    let ctr = |words: &[&str]| containerd.ctr().run(words).unwrap();
+    let spec = cri.pod("old");
+    let old = MemoryVolume::new(containerd.dir(), &spec.uid(), "cache", Some(64 << 20)).unwrap();
+    let pod = spec.run().unwrap();
+    let web = pod.container("web").capability("SYS_ADMIN").mount(old.path(), "/cache").start().unwrap();
+    web.exec(&["probe", "fill", "/cache", "--seed", "41", "--big", "3000000"]).unwrap();
+    web.shell("echo segment > /dev/shm/segment");
+    let (cache, shm) = (web.list("/cache"), web.list("/dev/shm"));
+    archive(&cri, version, &web);
+    ctr(&["containers", "checkpoint", "--task", "--image", web.id(), "stillframe.test/by-ctr:1"]);
+    pod.remove().unwrap();
+    drop(old);
+
+    let dir = containerd.dir();
+    let gzip = Command::new("gzip").arg("-k").arg(dir.join("checkpoint.tar")).status();
+    assert!(gzip.unwrap().success());
+    for (name, layer) in
+        [("stillframe.test/layer:1", "checkpoint.tar"), ("stillframe.test/gzip:1", "checkpoint.tar.gz")]
+    {
+        let path = dir.join("image-of-archive.tar");
+        image::of_layer(&path, name, &dir.join(layer)).unwrap();
+        ctr(&["images", "import", "--no-unpack", &path.display().to_string()]);
+    }
+    for name in ["stillframe.test/by-ctr:1", "stillframe.test/layer:1", "stillframe.test/gzip:1"] {
+        let spec = cri.pod("new").annotation(RESTORE_FROM, name);
+        let new = MemoryVolume::new(dir, &spec.uid(), "cache", Some(64 << 20)).unwrap();
+        let pod = spec.run().unwrap();
+        let web = pod.container("web").capability("SYS_ADMIN").mount(new.path(), "/cache").start().unwrap();
+        same(&format!("/cache from {name}"), &cache, &web.list("/cache"));
+        same(&format!("/dev/shm from {name}"), &shm, &web.list("/dev/shm"));
+        pod.remove().unwrap();
+        drop(new);
+        nothing_left(&cri);
+    }
+    cri.stop().unwrap();
+}
+
+fn an_image_without_a_checkpoint_is_refused_by_name(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    for (name, words) in [
+        (
+            "stillframe.test/none:1",
+            "containerd has no image \"stillframe.test/none:1\" in its namespace k8s.io",
+        ),
+        (image::NAME, "holds no checkpoint of Stillframe's: there is no manifest.json in it"),
+    ] {
+        let spec = cri.pod("new").annotation(RESTORE_FROM, name);
+        let error = spec.run().map(|pod| pod.id().to_owned()).unwrap_err().to_string();
+        assert!(error.contains(words) && error.contains(RESTORE_FROM), "no {words:?} in {error}");
+    }
+    nothing_left(&cri);
+    cri.stop().unwrap();
+}
