@@ -35,8 +35,8 @@ pub fn tree(data: &[u8]) {
         assert!(!entry.name.contains(&b'/') && !entry.name.contains(&0) && entry.name.len() <= 255);
         assert!(tree.entries[entry.parent].kind == Kind::Directory);
     }
-    tree.page_bytes(4096);
-    tree.page_bytes(65536);
+    assert!(tree.page_bytes(65536) >= tree.page_bytes(4096));
+    assert!(tree.huge_page_bytes(4096, 2 << 20) >= tree.page_bytes(4096));
 }
 
 fn mend_header(block: &mut [u8]) {

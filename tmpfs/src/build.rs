@@ -17,6 +17,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid
 use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadTarget, PageExtent};
 
 use crate::entry::{Attributes, Entry, KEPT_FLAGS, Kind, PathName, Timestamp, Tree};
+use crate::huge::SmallPages;
 use crate::id_map::{IdMap, Ids};
 use crate::mount::Usage;
 use crate::sys::handle::FileHandle;
@@ -151,6 +152,9 @@ pub fn build_tree<'a>(
     options: &'a BuildOptions,
     loader: &AsyncPagesFileLoad,
 ) -> Result<Built<'a>, BuildError> {
+    let failed =
+        |source| BuildError::Object { operation: "ask for the pages of", path: tree.path(0), source };
+    let small_pages = SmallPages::if_needed(root, tree).map_err(failed)?;
     let mut builder = Builder {
         root,
         tree,
@@ -165,7 +169,7 @@ pub fn build_tree<'a>(
         builder.make(index)?;
     }
     builder.flush(tree.entries.len().saturating_sub(1))?;
-    Ok(Built { root, tree, options, handles: builder.handles })
+    Ok(Built { root, tree, options, handles: builder.handles, _small_pages: small_pages })
 }
 
 /// A built tree whose directories still lack their final times.
@@ -174,6 +178,8 @@ pub struct Built<'a> {
     tree: &'a Tree,
     options: &'a BuildOptions,
     handles: Handles,
+    /// Until the contents are there.
+    _small_pages: Option<SmallPages>,
 }
 
 /// The file handles of directories, and of what has inode flags, by ascending index.

@@ -138,14 +138,28 @@ impl Tree {
 
     /// Bytes of memory that the tree's file pages take on a tmpfs with pages of `page_size` bytes.
     pub fn page_bytes(&self, page_size: u64) -> u64 {
+        self.pages_up_to(page_size, |_| u64::MAX)
+    }
+
+    /// The most that they take where they may get pages of `huge_page` bytes, of which what lies behind a file's last page of
+    /// `page_size` bytes doesn't count.
+    pub fn huge_page_bytes(&self, page_size: u64, huge_page: u64) -> u64 {
+        self.pages_up_to(huge_page, |size| size.next_multiple_of(page_size))
+    }
+
+    /// Bytes of the pages of `page_size` bytes that hold data, up to what `end` gives for a file's size.
+    fn pages_up_to(&self, page_size: u64, end: impl Fn(u64) -> u64) -> u64 {
         let mut total = 0u64;
         for entry in &self.entries {
-            let Kind::File { extents, .. } = &entry.kind else { continue };
+            let Kind::File { size, extents } = &entry.kind else { continue };
+            let file_end = end(*size);
             let mut counted_to = 0; // two extents may share a page that is larger than the image's
             for extent in extents {
                 let start = (extent.file_offset / page_size).max(counted_to);
                 let end = (extent.file_offset + extent.length).div_ceil(page_size);
-                total = total.saturating_add(end.saturating_sub(start).saturating_mul(page_size));
+                // No overflow: sizes are below 2^63, and so are their ends in any pages.
+                let bytes = (end * page_size).min(file_end).saturating_sub(start * page_size);
+                total = total.saturating_add(bytes);
                 counted_to = end.max(counted_to);
             }
         }

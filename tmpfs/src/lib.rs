@@ -13,6 +13,7 @@ pub mod encode;
 pub mod entry;
 pub mod filestore;
 mod first_names;
+mod huge;
 pub mod id_map;
 mod member_name;
 pub mod mount;

@@ -13,7 +13,7 @@ use std::process::Command;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, SaveOptions};
 use stillframe_tmpfs::Ids;
-use stillframe_tmpfs::mount::open_view;
+use stillframe_tmpfs::mount::{open_view, usage};
 use stillframe_tmpfs::save::{SaveTreeError, save_tree};
 
 use filesystem::{DEVICES, Tmpfs, noise, save};
@@ -247,4 +247,46 @@ fn huge_pages_are_huge_again() {
         assert!(tried >= 16, "{option}: {tried} huge pages for 32 MiB");
         assert_eq!(filesystem::describe(&new), filesystem::describe(&old));
     }
+}
+
+/// Scattered data, for which huge pages would take all of the file's size.
+#[test]
+fn what_fits_with_small_pages_is_restored_where_huge_pages_would_not_fit() {
+    const PAGES: u64 = 800;
+    let old = Tmpfs::new(&[]);
+    let data = noise(4096, 1);
+    let sparse = File::create(old.path().join("sparse")).unwrap();
+    for page in 0..PAGES {
+        sparse.write_all_at(&data, page << 21).unwrap();
+    }
+    let saved = save(&old);
+    let huge_option = |filesystem: &Tmpfs| {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let line = mounts.lines().find(|line| line.contains(filesystem.path().to_str().unwrap())).unwrap();
+        line.rsplit(' ')
+            .next()
+            .unwrap()
+            .split(',')
+            .find(|option| option.starts_with("huge="))
+            .map(str::to_owned)
+    };
+    for huge in ["always", "within_size"] {
+        for size in [PAGES * 4096, 16 << 20] {
+            let option = format!("huge={huge}");
+            let new = Tmpfs::new(&[&option, &format!("size={size}")]);
+            saved.restore(&new, &DEVICES()).unwrap();
+            assert_eq!(usage(new.path()).unwrap().used_bytes, Some(PAGES * 4096), "{option} size={size}");
+            let file = File::open(new.path().join("sparse")).unwrap();
+            let mut page = [0; 4096];
+            for number in 0..PAGES {
+                file.read_exact_at(&mut page, number << 21).unwrap();
+                assert!(page == *data);
+            }
+            // Only for the time of the restore.
+            assert_eq!(huge_option(&new), Some(option));
+        }
+    }
+    let new = Tmpfs::new(&["huge=always", &format!("size={}", (PAGES - 1) * 4096)]);
+    let error = saved.restore(&new, &DEVICES()).unwrap_err().to_string();
+    assert!(error.contains(&format!("holds {} bytes of pages", PAGES * 4096)), "{error}");
 }
