@@ -221,6 +221,12 @@ impl Containerd {
         nix::unistd::Pid::from_raw(daemon.pid)
     }
 
+    /// How many descriptors containerd's own process has.
+    pub fn descriptors(&self) -> usize {
+        let directory = format!("/proc/{}/fd", self.pid());
+        fs::read_dir(&directory).unwrap_or_else(|error| panic!("{directory}: {error}")).count()
+    }
+
     fn daemon(&self) -> Option<residue::Process> {
         descendants(self.watchdog).into_iter().find(|process| process.exe == self.plan.containerd)
     }

@@ -1,5 +1,8 @@
 //! Pods under the runtime handler `stillframe`, as kubelet runs them, on every containerd.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use stillframe_cri::api::LinuxContainerResources;
@@ -10,7 +13,7 @@ stillframe_integration::with_every_containerd!(
     a_pod_of_two_containers_has_one_shim,
     the_killed_shim_of_a_pod_is_cleaned_up_after,
     containerd_restarts_beside_a_live_pod,
-    twenty_pods_leave_nothing,
+    pods_that_come_and_go_leave_nothing,
 );
 
 #[track_caller]
@@ -116,33 +119,84 @@ fn containerd_restarts_beside_a_live_pod(version: &ContainerdVersion) {
     nothing_left(&cri);
 }
 
-fn twenty_pods_leave_nothing(version: &ContainerdVersion) {
+/// How many pods come and go; a longer run finds what leaks slowly.
+const PODS: &str = "STILLFRAME_TEST_PODS";
+
+fn pods_that_come_and_go_leave_nothing(version: &ContainerdVersion) {
+    let pods = std::env::var(PODS).map_or(20, |pods| pods.parse().expect("a number of pods"));
     let cri = Cri::start(version).unwrap();
     let namespace = cri.containerd().namespace();
-    for round in 0..20 {
+    let mut ids = Vec::new();
+    let mut descriptors = 0;
+    for round in 0..pods {
         let spec = cri.pod("pod");
         let volume = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(8 << 20)).unwrap();
+        let disk = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "disk", None).unwrap();
+        let hint = |field: &str| format!("dev.stillframe.mount.disk.{field}");
+        let spec = spec.annotation(&hint("source"), &disk.path().display().to_string());
+        let spec = [("medium", "disk"), ("share", "container"), ("options", "size=16m")]
+            .iter()
+            .fold(spec, |spec, (field, value)| spec.annotation(&hint(field), value));
         let pod = spec.run().unwrap();
-        let container = pod.container("only").mount(volume.path(), "/cache").start().unwrap();
-        container.shell("echo text > /cache/file");
-        if round % 4 == 0 {
-            let image = cri.containerd().dir().join(format!("image-{round}"));
-            let image = image.display().to_string();
-            let words = ["fscheckpoint", "--namespace", namespace, "--leave-running", "--image-path", &image];
-            cri.containerd().stillframe(&[&words[..], &[container.id()]].concat()).unwrap();
-        }
-        // In each order that kubelet might have it, and one that it hasn't.
-        match round % 3 {
+        ids.push(pod.id().to_owned());
+        let container = pod.container("only").mount(volume.path(), "/cache");
+        let container = container.mount(disk.path(), "/disk").start().unwrap();
+        container.shell("echo text | tee /cache/file > /disk/file");
+        assert_eq!(filestores(&ids).len(), 2, "one, and the loop device on it: {:?}", filestores(&ids));
+        let image = cri.containerd().dir().join("image");
+        let path = image.display().to_string();
+        let words = ["fscheckpoint", "--namespace", namespace, "--leave-running", "--image-path", &path];
+        cri.containerd().stillframe(&[&words[..], &[container.id()]].concat()).unwrap();
+        fs::remove_dir_all(&image).unwrap();
+        // In each order that kubelet might have it, and some that it hasn't.
+        match round % 5 {
             0 => {
                 container.stop(0).unwrap();
                 container.remove().unwrap();
             }
             1 => container.stop(0).unwrap(),
+            2 => {
+                let bundle = cri
+                    .containerd()
+                    .dir()
+                    .join("state/io.containerd.runtime.v2.task/k8s.io")
+                    .join(container.id());
+                let pid = fs::read_to_string(bundle.join("init.pid")).unwrap();
+                kill(Pid::from_raw(pid.trim().parse().unwrap()), Signal::SIGKILL).unwrap();
+                container.await_state(State::ContainerExited).unwrap();
+            }
+            3 => {
+                let shims = cri.containerd().shims();
+                kill(Pid::from_raw(shims[0].pid), Signal::SIGKILL).unwrap();
+                container.await_state(State::ContainerExited).unwrap();
+            }
             _ => {}
         }
         pod.remove().unwrap();
-        drop(volume);
+        drop((volume, disk));
+        if round == 4 {
+            // By now containerd has what it keeps.
+            nothing_left(&cri);
+            descriptors = cri.containerd().descriptors();
+        }
     }
     nothing_left(&cri);
+    assert_eq!(filestores(&ids), Vec::<PathBuf>::new());
+    let now = cri.containerd().descriptors();
+    assert!(now <= descriptors + 5, "{pods} pods: containerd has {now} descriptors, had {descriptors}");
     cri.stop().unwrap();
+}
+
+/// The filestores of pods, and the files that loop devices are on, as far as they are these pods'.
+fn filestores(pods: &[String]) -> Vec<PathBuf> {
+    let devices = fs::read_dir("/sys/block").unwrap().flatten();
+    let backing =
+        devices.filter_map(|device| fs::read_to_string(device.path().join("loop/backing_file")).ok());
+    let backing = backing.map(|file| PathBuf::from(file.trim()));
+    let directory = Path::new("/var/lib/stillframe/filestore/k8s.io");
+    let files = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let theirs = |path: &PathBuf| {
+        pods.iter().any(|pod| path.components().any(|part| part.as_os_str() == pod.as_str()))
+    };
+    backing.chain(files).filter(theirs).collect()
 }
