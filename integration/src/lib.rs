@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod container;
 pub mod containerd;
+pub mod criu;
 pub mod ctr;
 pub mod image;
 pub mod listing;

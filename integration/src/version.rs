@@ -32,7 +32,7 @@ impl ContainerdVersion {
 
     /// The unpacked one of a series, such as `1.7` or `2`; or why there is none.
     pub fn of_series(series: &str) -> Result<Self, String> {
-        let cache = cache();
+        let cache = cache().join("containerd");
         let dir = cache.join(series).join("usr/bin");
         let (containerd, ctr) = (dir.join("containerd"), dir.join("ctr"));
         if containerd.is_file() && ctr.is_file() {
@@ -68,11 +68,11 @@ impl ContainerdVersion {
     }
 }
 
-/// Where `scripts/containerd-versions` unpacks.
-fn cache() -> PathBuf {
+/// Where the scripts that fetch something for the tests unpack it.
+pub(crate) fn cache() -> PathBuf {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
-    cache.unwrap_or_else(|| Path::new("/root/.cache").to_owned()).join("stillframe/containerd")
+    cache.unwrap_or_else(|| Path::new("/root/.cache").to_owned()).join("stillframe")
 }
 
 /// Makes three tests of each function that takes a [`ContainerdVersion`]: with the installed containerd, 1.7 and 2.

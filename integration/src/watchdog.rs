@@ -86,6 +86,8 @@ fn start(plan: &Plan) -> io::Result<Pid> {
         .env("XDG_RUNTIME_DIR", plan.dir.join("tmp"))
         .env("TMPDIR", plan.dir.join("tmp"))
         .env_remove("NOTIFY_SOCKET")
+        // Mode `full` uses it; what only asks for a version of CRIU has another one in its PATH.
+        .envs(crate::criu::find().ok().map(|criu| ("STILLFRAME_CRIU", criu)))
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

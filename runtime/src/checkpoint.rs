@@ -37,6 +37,7 @@ use crate::freezer::Cgroup;
 use crate::image::{self, ImageWriter, PartWriter};
 use crate::manifest::{Manifest, Offsets, Part, PrivateFormat, SavedContainer, SavedFilesystem};
 use crate::process;
+use crate::processes;
 use crate::selected::{SavedFile, Selected, count_unlinked, not_on_itself, open_views, others, select};
 use crate::selector::Selector;
 use crate::state::{ContainerRecord, FilesystemRecord, Locked};
@@ -62,6 +63,9 @@ pub struct CheckpointRequest {
     /// How long the containers may be frozen by it. A checkpoint that would take longer fails, and they run on at once. With
     /// `kill` it counts until everything is read; that they are frozen during the commit is felt by nobody.
     pub pause_limit: Option<Duration>,
+    /// Files in the image directory which CRIU has made of the container's processes, within the freeze that the container is
+    /// in already: they become part of the image.
+    pub processes: Vec<String>,
     /// Whether the container's init process is killed (SIGKILL) once the image is committed. It isn't
     /// thawed before: nothing runs between the instant of the image and the end.
     pub kill: bool,
@@ -78,6 +82,7 @@ impl CheckpointRequest {
             direct: Direct::Auto,
             precopy: true,
             pause_limit: None,
+            processes: Vec::new(),
             kill: false,
         }
     }
@@ -150,7 +155,7 @@ fn take(
     let cgroup = init.cgroup.as_ref().ok_or_else(|| CheckpointCause::NoCgroup(id.clone()))?;
     let selected = select(dir, &container, &request.paths)?;
     let others = others(dir, id, &selected)?;
-    let mut image = ImageWriter::create(&request.image_path)?;
+    let mut image = ImageWriter::create(&request.image_path, &request.processes)?;
     let pages_file = image.pages_file(request.pages_dir.as_deref())?;
     for directory in iter::once(&request.image_path).chain(&request.pages_dir) {
         not_on_itself(directory, &selected)?;
@@ -195,7 +200,7 @@ fn take(
     };
     progress.enter(Phase::Commit);
     let (copied_live_bytes, superseded_bytes) = (saved.copied_live, saved.superseded);
-    let (manifest, pages, copied_thawed_bytes) = commit(saved, &container, image)?;
+    let (manifest, pages, copied_thawed_bytes) = commit(saved, &container, image, &request.processes)?;
     if request.kill {
         process::kill(init).map_err(|source| CheckpointCause::Kill { pid: init.pid, source })?;
     }
@@ -328,6 +333,7 @@ fn commit(
     saved: Saved,
     container: &ContainerRecord,
     image: ImageWriter,
+    beside: &[String],
 ) -> Result<(Manifest, PagesFileSummary, u64), CheckpointCause> {
     let pages_failed = |source| pages_failed(&image, source);
     let (mut private, mut copied_thawed) = (Vec::new(), 0);
@@ -341,6 +347,7 @@ fn commit(
     let meta = PagesMeta { pages_length: pages.length, digests: pages.digests.clone(), private };
     let meta = meta.encode();
     image.write(image::META, &meta)?;
+    let processes = processes::describe(image.path(), beside)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let manifest = Manifest {
         stillframe: env!("CARGO_PKG_VERSION").to_owned(),
@@ -351,6 +358,7 @@ fn commit(
         pages_path: image.pages_apart(),
         containers: vec![SavedContainer { name: container.name.clone(), named: container.named }],
         filesystems: saved.filesystems,
+        processes,
     };
     image.commit(&manifest)?;
     Ok((manifest, pages, copied_thawed))

@@ -21,6 +21,7 @@ use stillframe_tmpfs::decode::{TreeError, decode_tree};
 use stillframe_tmpfs::entry::Tree;
 
 use crate::manifest::{Digest, Manifest, ManifestError, Offsets, Part};
+use crate::processes;
 
 /// Names of the four files.
 pub const MANIFEST: &str = "manifest.json";
@@ -126,7 +127,7 @@ pub enum ImageError {
     },
 }
 
-fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> ImageError + 'a {
+pub(crate) fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> ImageError + 'a {
     move |source| ImageError::File { operation, path: path.to_owned(), source }
 }
 
@@ -142,15 +143,18 @@ pub struct ImageWriter {
 }
 
 impl ImageWriter {
-    /// Prepares `path`: makes it with its parents if it is missing; else it must be empty.
-    pub fn create(path: &Path) -> Result<Self, ImageError> {
+    /// Prepares `path`: makes it with its parents if it is missing; else it must be empty but for files of these names, which
+    /// stay whatever happens.
+    pub fn create(path: &Path, beside: &[String]) -> Result<Self, ImageError> {
         let path = std::path::absolute(path).map_err(at("find", path))?;
         let made = path.ancestors().take_while(|dir| !dir.exists()).last().map(Path::to_owned);
-        if made.is_none()
-            && let Some(found) = fs::read_dir(&path).map_err(at("list the image directory", &path))?.next()
-        {
-            let found = found.map_err(at("list the image directory", &path))?.file_name();
-            return Err(ImageError::NotEmpty { path, found: found.to_string_lossy().into_owned() });
+        if made.is_none() {
+            for found in fs::read_dir(&path).map_err(at("list the image directory", &path))? {
+                let found = found.map_err(at("list the image directory", &path))?.file_name();
+                if !beside.iter().any(|name| found == name.as_str()) {
+                    return Err(ImageError::NotEmpty { path, found: found.to_string_lossy().into_owned() });
+                }
+            }
         }
         // From here on, dropping it removes what was made.
         let writer = Self { path, made, apart: None, committed: false };
@@ -168,6 +172,11 @@ impl ImageWriter {
         let (file, path) = made.map_err(at("make a pages file in", &directory))?.into_parts();
         self.apart = Some(path);
         Ok(file)
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Where the pages file is.
@@ -337,6 +346,7 @@ impl Image {
         }
         let pages = open_sized(&pages_path, manifest.pages_length)?;
         let tree = read_part(&path.join(TREE), &manifest.tree)?;
+        processes::verify(path, &manifest.processes)?;
         let mut image = Self { path: path.to_owned(), manifest, meta, pages, pages_path, tree };
         // Nobody has carried it along with the rest: whether it is still the one is found out before it is used.
         if image.manifest.pages_path.is_some() {
@@ -405,7 +415,7 @@ impl Image {
 }
 
 /// Opens a file of an image: neither follows a link nor waits for a fifo's writer.
-fn open_part(path: &Path) -> Result<File, ImageError> {
+pub(crate) fn open_part(path: &Path) -> Result<File, ImageError> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
     let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = match opened {
@@ -420,7 +430,7 @@ fn open_part(path: &Path) -> Result<File, ImageError> {
     Ok(file)
 }
 
-fn open_sized(path: &Path, expected: u64) -> Result<File, ImageError> {
+pub(crate) fn open_sized(path: &Path, expected: u64) -> Result<File, ImageError> {
     let file = open_part(path)?;
     let found = file.metadata().map_err(at("stat", path))?.len();
     if found != expected {

@@ -10,6 +10,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::image::{MANIFEST, META, PAGES, TREE};
+use crate::processes::is_process_file;
 
 /// Why there is no image to be had.
 #[derive(Debug, thiserror::Error)]
@@ -89,7 +90,9 @@ pub fn unpack(archive: impl Read, directory: &Path) -> io::Result<Option<&'stati
         let name = entry.path_bytes().into_owned();
         let name = name.strip_prefix(b"./").unwrap_or(&name);
         let name = name.strip_prefix(b"checkpoint/").unwrap_or(name);
-        let known = [MANIFEST, TREE, META, PAGES].into_iter().find(|known| known.as_bytes() == name);
+        let known = str::from_utf8(name).ok();
+        let known =
+            known.filter(|name| [MANIFEST, TREE, META, PAGES].contains(name) || is_process_file(name));
         if let Some(name) = known.filter(|_| entry.header().entry_type().is_file()) {
             let mut file = fs::File::create_new(directory.join(name))?;
             io::copy(&mut entry, &mut file)?;

@@ -19,6 +19,7 @@ pub mod manifest;
 mod oci_runtime;
 pub mod plan;
 mod process;
+pub mod processes;
 pub mod restore;
 pub mod sandbox;
 mod selected;

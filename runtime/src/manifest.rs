@@ -14,6 +14,8 @@ use stillframe_pgalloc::{CHUNK_SIZE, digest_chunks};
 use stillframe_tmpfs::{Ids, ResourceId};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::processes::{ProcessFile, is_process_file};
+
 /// Value of `format`.
 pub const FORMAT: &str = "stillframe-image";
 /// The version written, and the only one read.
@@ -101,6 +103,9 @@ pub struct Manifest {
     pub containers: Vec<SavedContainer>,
     /// The filesystems, in the order of their trees.
     pub filesystems: Vec<SavedFilesystem>,
+    /// Images of the processes of the one container there is, if they were saved, too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub processes: Vec<ProcessFile>,
 }
 
 /// A part of the image that is digested in the manifest.
@@ -234,7 +239,7 @@ impl Manifest {
     }
 
     fn judge(&self) -> Result<(), &'static str> {
-        for part in [&self.tree, &self.meta] {
+        for part in [&self.tree, &self.meta].into_iter().chain(self.processes.iter().map(|file| &file.part)) {
             if part.chunk_size != CHUNK_SIZE {
                 return Err("a part's chunk_size isn't 65536");
             }
@@ -244,6 +249,13 @@ impl Manifest {
         }
         if self.pages_path.as_ref().is_some_and(|path| !path.is_absolute()) {
             return Err("pages_path isn't absolute");
+        }
+        if !self.processes.is_empty() && self.containers.len() != 1 {
+            return Err("there are processes, but not of one container");
+        }
+        let mut names = HashSet::new();
+        if !self.processes.iter().all(|file| is_process_file(&file.name) && names.insert(&file.name)) {
+            return Err("a file of processes has a name that CRIU doesn't give, or another has, too");
         }
         let mut at = 0;
         let (mut ids, mut private) = (HashSet::new(), HashSet::new());
@@ -296,6 +308,7 @@ mod tests {
             pages_path: None,
             containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
             filesystems: vec![filesystem("/a", 0, 50_000), filesystem("/b", 50_000, 70_000)],
+            processes: Vec::new(),
         }
     }
 

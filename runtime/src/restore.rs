@@ -381,6 +381,7 @@ mod tests {
                 .map(|(name, named)| SavedContainer { name: (*name).to_owned(), named: *named })
                 .collect(),
             filesystems: ids.iter().map(filesystem).collect(),
+            processes: Vec::new(),
         }
     }
 

@@ -23,10 +23,11 @@ use crate::filesystems::{self, Maker};
 use crate::freezer::FreezeError;
 use crate::image::Image;
 use crate::image_source::{ImageSource, ImageSourceError};
+use crate::manifest::{Manifest, SavedContainer};
 use crate::plan::{PlanError, PlannedMount, plan};
 use crate::process;
 pub use crate::restore::{RestoreError, RestoreResult};
-use crate::restore::{match_filesystems, restore};
+use crate::restore::{Target, match_filesystems, restore};
 use crate::spec::{IMAGE_DIR_ANNOTATION, RESTORE_FROM_ANNOTATION, Spec, SpecError};
 pub use crate::state::StateError;
 use crate::state::{ContainerRecord, Locked, STATE_ROOT, StateDir};
@@ -48,12 +49,15 @@ pub struct PrepareRequest {
 }
 
 /// What `prepare` did.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Prepared {
     /// The filesystems that were mounted, in the order of the spec.
     pub filesystems: Vec<ResourceId>,
     /// What was restored, where that was asked for.
     pub restored: Option<RestoreResult>,
+    /// The image, where it holds the container's processes as well, and the filesystems are as they knew them: they can be restored
+    /// from its directory.
+    pub processes: Option<ImageSource>,
 }
 
 /// Why a container couldn't be prepared. Nothing is left of the attempt.
@@ -189,6 +193,14 @@ pub enum RemoveError {
     Unmount(#[from] MountError),
 }
 
+/// Whether the image has processes, and they are this container's: in a pod several may be given the same image.
+fn holds_processes_of(manifest: &Manifest, container: &ContainerRecord) -> bool {
+    let theirs = |saved: &SavedContainer| {
+        saved.named == container.named && (!saved.named || saved.name == container.name)
+    };
+    !manifest.processes.is_empty() && manifest.containers.iter().all(theirs)
+}
+
 /// One sandbox, by its state directory.
 #[derive(Clone, Debug)]
 pub struct Sandbox {
@@ -256,15 +268,20 @@ impl Sandbox {
         };
         // First of all, so that `remove` finds whatever a crash leaves.
         locked.put_container(&record)?;
+        let processes = image.as_ref().is_some_and(|image| holds_processes_of(&image.manifest, &record));
         let prepared = self.fill(&locked, request, &mut spec, &plan, image, &mut record);
         if prepared.is_err()
             && let Err(error) = self.remove_locked(&locked, id)
         {
             tracing::warn!(container = %id, %error, "what was prepared couldn't be removed again");
         }
-        prepared
+        let (mut prepared, outlived) = prepared?;
+        // Processes go with the files that they had, not with what has become of a volume since.
+        prepared.processes = source.filter(|_| processes && !outlived);
+        Ok(prepared)
     }
 
+    /// Besides what was done, whether the image has a filesystem that was there before the sandbox.
     fn fill(
         &self,
         locked: &Locked,
@@ -273,7 +290,7 @@ impl Sandbox {
         plan: &[PlannedMount],
         image: Option<Image>,
         record: &mut ContainerRecord,
-    ) -> Result<Prepared, PrepareError> {
+    ) -> Result<(Prepared, bool), PrepareError> {
         let original = spec.clone();
         let filestores = Filestores::new(&self.config()?.filestore_dir);
         let mut maker = Maker {
@@ -305,6 +322,12 @@ impl Sandbox {
                 maker.copy_up(number)?;
             }
         }
+        let mut outlived = false;
+        for (_, target) in &pairs {
+            let Target { name, fresh, .. } = &maker.targets[*target];
+            let record = locked.dir().filesystem(name)?;
+            outlived |= !fresh && !record.is_some_and(|record| record.restored);
+        }
         let restored = match image {
             None => None,
             Some(image) => {
@@ -324,7 +347,8 @@ impl Sandbox {
         let Maker { targets, record, .. } = maker;
         locked.put_container(record)?;
         spec.write()?;
-        Ok(Prepared { filesystems: targets.into_iter().map(|target| target.id).collect(), restored })
+        let filesystems = targets.into_iter().map(|target| target.id).collect();
+        Ok((Prepared { filesystems, restored, processes: None }, outlived))
     }
 
     fn config(&self) -> Result<Config, ConfigError> {

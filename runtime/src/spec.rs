@@ -19,6 +19,8 @@ pub const NAME_ANNOTATION: &str = "dev.stillframe.container-name";
 pub const RESTORE_FROM_ANNOTATION: &str = "dev.stillframe.restore-from";
 /// Directory in which the pages of a checkpoint taken through containerd are kept, apart from its archive.
 pub const IMAGE_DIR_ANNOTATION: &str = "dev.stillframe.image-dir";
+/// What a checkpoint through containerd saves: `filesystem` or `full`.
+pub const MODE_ANNOTATION: &str = "dev.stillframe.checkpoint.mode";
 /// Name of the container in its pod, as containerd's CRI writes it.
 pub const CRI_NAME_ANNOTATION: &str = "io.kubernetes.cri.container-name";
 

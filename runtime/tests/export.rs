@@ -21,7 +21,7 @@ use stillframe_tmpfs::{Ids, ResourceId};
 /// An image of these filesystems, whose ResourceIDs are c:/0, c:/1 and so on.
 fn image_of(filesystems: &[&Tmpfs]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let image = ImageWriter::create(dir.path()).unwrap();
+    let image = ImageWriter::create(dir.path(), &[]).unwrap();
     let pages = AsyncPagesFileSave::new(image.file(PAGES).unwrap(), SaveOptions::default()).unwrap();
     let memory = pages.register_memory_file(&MemoryFile::main()).unwrap();
     let mut tree = PartWriter::new(image.file(TREE).unwrap());
@@ -57,6 +57,7 @@ fn image_of(filesystems: &[&Tmpfs]) -> tempfile::TempDir {
         pages_path: None,
         containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
         filesystems: saved,
+        processes: Vec::new(),
     };
     image.commit(&manifest).unwrap();
     dir

@@ -221,6 +221,7 @@ fn manifests() -> Vec<(&'static str, Vec<u8>)> {
         pages_path: None,
         containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
         filesystems,
+        processes: Vec::new(),
     };
     let good = manifest(vec![filesystem("/a", 0, 50_000), filesystem("/b\n\u{e9}", 50_000, 70_000)]);
     let body = |manifest: &Manifest| serde_json::to_vec(manifest).unwrap();

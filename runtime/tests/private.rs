@@ -199,7 +199,7 @@ fn what_a_crash_leaves_is_swept_by_the_next_prepare() {
     fs::remove_dir_all(pod.state()).unwrap();
     pod.containers.clear();
     assert!(file.exists());
-    let config = Config { filestore_dir: pod.dir.path().join("filestore") };
+    let config = Config { filestore_dir: pod.dir.path().join("filestore"), ..Config::default() };
     let mut next = Pod::new();
     next.sandbox = next.sandbox.clone().with_config(config);
     next.prepare("c", &scratch("memory", "container", ""), None).unwrap();
@@ -272,7 +272,8 @@ fn a_file_that_can_be_cloned_is_read_after_the_freeze() {
     };
     let config = scratch("disk", "container", "size=128m");
     let mut pod = Pod::new();
-    pod.sandbox = pod.sandbox.clone().with_config(Config { filestore_dir: xfs.filestore() });
+    pod.sandbox =
+        pod.sandbox.clone().with_config(Config { filestore_dir: xfs.filestore(), ..Config::default() });
     pod.prepare("c", &config, None).unwrap();
     let mount = pod.mount("c.0");
     fs::write(mount.join("first"), "00000000").unwrap();

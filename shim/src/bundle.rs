@@ -8,7 +8,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use stillframe_runtime::spec::RESTORE_FROM_ANNOTATION;
+use stillframe_runtime::config::{CheckpointMode, UnknownMode};
+use stillframe_runtime::spec::{
+    CRI_NAME_ANNOTATION, MODE_ANNOTATION, NAME_ANNOTATION, RESTORE_FROM_ANNOTATION,
+};
 
 /// Why a bundle can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +81,17 @@ impl Spec {
     pub fn image_to_restore(&self) -> Option<&str> {
         let from = self.annotations.get(RESTORE_FROM_ANNOTATION)?;
         (!from.is_empty() && !from.starts_with('/')).then_some(from)
+    }
+
+    /// The container's name, if an annotation gives it one: by it a container is the same when it is made again.
+    pub fn container_name(&self) -> Option<&str> {
+        let names = [NAME_ANNOTATION, CRI_NAME_ANNOTATION].into_iter();
+        names.filter_map(|name| self.annotations.get(name)).map(String::as_str).find(|name| !name.is_empty())
+    }
+
+    /// What checkpoints save, where an annotation says so.
+    pub fn checkpoint_mode(&self) -> Result<Option<CheckpointMode>, UnknownMode> {
+        self.annotations.get(MODE_ANNOTATION).map(|mode| mode.parse()).transpose()
     }
 
     /// The sandbox that container `id` belongs to: the containers of one sandbox share a shim and a state directory. A

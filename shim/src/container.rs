@@ -15,6 +15,7 @@
 //! The init's exit is told last: first all processes are killed that could outlive it, no exec starts any more, and the exits
 //! of those that did start are told.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +34,7 @@ use crate::driver::Runc;
 use crate::error::TaskError;
 use crate::events::Publisher;
 use crate::exec::Execs;
+use crate::full::{Mode, Restoring};
 use crate::lifecycle::{Operation, State};
 use crate::metrics::MetricsError;
 use crate::process::{Process, timestamp};
@@ -54,6 +56,8 @@ pub struct Shim {
     pub reaper: Arc<Reaper>,
     /// Events to containerd.
     pub publisher: Publisher,
+    /// Names of containers that got processes from an image: one that is made again starts anew.
+    pub restored: Mutex<HashSet<String>>,
 }
 
 /// See the module's documentation.
@@ -73,6 +77,9 @@ pub struct Container {
     pub(crate) outlives_init: bool,
     pub(crate) freeze: tokio::sync::Mutex<()>,
     pub(crate) saving: AtomicBool,
+    pub(crate) mode: Mode,
+    /// Until it is started, where its processes come from an image.
+    pub(crate) restoring: Mutex<Option<Restoring>>,
     pub(crate) oom: Mutex<Option<oom::Watch>>,
 }
 
@@ -83,9 +90,12 @@ impl Container {
     }
 
     /// Runs the init's program. Returns its pid.
-    pub async fn start(&self) -> Result<i32, TaskError> {
+    pub async fn start(self: &Arc<Self>) -> Result<i32, TaskError> {
         let _turn = self.init.turn.lock().await;
         self.init.admit(Operation::Start)?;
+        if let Some(restoring) = self.take_restoring() {
+            return self.start_restored(restoring).await;
+        }
         self.runc.start(&self.id).await?;
         // It may be dead already, but its exit waits for this turn to end.
         self.init.begin(Operation::Start, State::Running)?;
@@ -96,6 +106,10 @@ impl Container {
             ..Default::default()
         });
         Ok(pid)
+    }
+
+    fn take_restoring(&self) -> Option<Restoring> {
+        self.restoring.lock().expect("only ever replaced").take()
     }
 
     /// Waits for the init's death and tells of it; runs as a task of its own from the moment the init has a pid.
@@ -172,23 +186,23 @@ impl Container {
         Ok(())
     }
 
-    /// Saves the container's filesystems to `path`, which may not exist yet. Running or paused, it is so again afterwards, unless
+    /// Saves the container's filesystems, and in mode `full` its processes, to `path`, which may not exist yet. Running or paused, it is so again afterwards, unless
     /// the options say that it has to die: then it has died when this returns.
     pub async fn checkpoint(&self, path: PathBuf, any: Option<&Any>) -> Result<(), TaskError> {
-        let exit = options::checkpoint_exits(any)?;
+        let options = options::checkpoint(any)?;
         if self.saving.swap(true, Ordering::AcqRel) {
             return Err(TaskError::CheckpointRuns { id: self.id.clone() });
         }
         let _saving = Saving(&self.saving);
         let _freeze = self.freeze.lock().await;
         self.init.admit(Operation::Checkpoint)?;
-        self.filesystems.checkpoint(path.clone(), exit).await?;
+        self.save(&path, &options).await?;
         self.shim.publisher.publish(TaskCheckpointed {
             container_id: self.id.clone(),
             checkpoint: path.display().to_string(),
             ..Default::default()
         });
-        if exit {
+        if options.exit {
             self.thaw_killed().await;
         }
         Ok(())
@@ -241,6 +255,10 @@ impl Container {
         self.init.admit(Operation::Delete)?;
         if self.init.state() == State::Created {
             self.runc.delete(&self.id, true).await?;
+            if let Some(restoring) = self.take_restoring() {
+                restoring.io.abort().await;
+                self.init.finish(Exit::now(0));
+            }
             if tokio::time::timeout(DEATH, self.init.wait()).await.is_err() {
                 tracing::warn!(container = self.id, "the deleted container takes long to die");
             }

@@ -15,6 +15,7 @@ use containerd_shim::io::Stdio;
 use containerd_shim::protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim::util::{read_pid_from_file, write_options, write_runtime};
 use runc::options::CreateOpts;
+use stillframe_runtime::config::Config;
 use tokio::sync::oneshot;
 
 use crate::bundle::Spec;
@@ -22,6 +23,7 @@ use crate::container::{Container, Shim};
 use crate::driver::Runc;
 use crate::error::TaskError;
 use crate::exec::Execs;
+use crate::full::{Mode, Restoring};
 use crate::process::Process;
 use crate::reaper::Exit;
 use crate::sandbox::Filesystems;
@@ -43,6 +45,7 @@ struct Making<'a> {
     options: Options,
     bundle: PathBuf,
     spec: Spec,
+    mode: Mode,
     runc: Runc,
     filesystems: Filesystems,
     phase: Phase,
@@ -53,6 +56,8 @@ pub async fn create(shim: &Arc<Shim>, request: &CreateTaskRequest) -> Result<Arc
     let options = options::decode(request.options.as_ref())?;
     let bundle = PathBuf::from(&request.bundle);
     let spec = Spec::read(&bundle)?;
+    let Config { checkpoint_mode, criu, .. } = Config::load()?;
+    let mode = Mode { mode: spec.checkpoint_mode()?.unwrap_or(checkpoint_mode), criu };
     // What the `delete` action needs should this process die.
     let failed = |what| move |source| TaskError::Shim { what, source };
     write_options(&bundle, &options).await.map_err(failed("writing the bundle's options"))?;
@@ -62,7 +67,7 @@ pub async fn create(shim: &Arc<Shim>, request: &CreateTaskRequest) -> Result<Arc
     let filesystems = Filesystems::new(&shim.namespace, spec.sandbox_id(&request.id), &request.id)?;
     let runc = Runc::new(&shim.namespace, &bundle, &options, shim.reaper.clone());
     let mut making =
-        Making { shim, request, options, bundle, spec, runc, filesystems, phase: Phase::Nothing };
+        Making { shim, request, options, bundle, spec, mode, runc, filesystems, phase: Phase::Nothing };
     match making.make().await {
         Ok(made) => Ok(making.finish(made).await),
         Err(error) => {
@@ -72,11 +77,16 @@ pub async fn create(shim: &Arc<Shim>, request: &CreateTaskRequest) -> Result<Arc
     }
 }
 
-struct Made {
-    pid: i32,
-    io: Arc<ProcessIo>,
-    exit: oneshot::Receiver<Exit>,
-    oom: Option<oom::Watch>,
+/// What has become of the init.
+enum Made {
+    Created {
+        pid: i32,
+        io: Arc<ProcessIo>,
+        exit: oneshot::Receiver<Exit>,
+        oom: Option<oom::Watch>,
+    },
+    /// It is in an image, and there with the container's start.
+    Saved(Restoring),
 }
 
 impl Making<'_> {
@@ -104,7 +114,8 @@ impl Making<'_> {
         };
         let fetched_path = fetched.as_ref().map(|fetched| fetched.path().to_owned());
         let (runtime, image) = (driver::binary(&self.options), image.map(PathBuf::from));
-        self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image.or(fetched_path)).await?;
+        let processes =
+            self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image.or(fetched_path)).await?;
         self.phase = Phase::Prepared;
 
         let owner = Owner {
@@ -114,12 +125,19 @@ impl Making<'_> {
             gid: self.options.io_gid,
         };
         let io = Arc::new(ProcessIo::open(&stdio(request), &owner, &self.shim.reaper).await?);
+        let name = self.spec.container_name().unwrap_or(&request.id).to_owned();
+        let first = || self.shim.restored.lock().expect("only ever added to").insert(name);
+        if let Some(image) = processes
+            && first()
+        {
+            return Ok(Made::Saved(Restoring { image, fetched, io }));
+        }
         let made = self.run(&io).await;
         if made.is_err() {
             io.abort().await;
         }
         let (pid, exit, oom) = made?;
-        Ok(Made { pid, io, exit, oom })
+        Ok(Made::Created { pid, io, exit, oom })
     }
 
     async fn run(
@@ -154,10 +172,16 @@ impl Making<'_> {
     }
 
     async fn finish(self, made: Made) -> Arc<Container> {
-        let Made { pid, io, exit, oom } = made;
         let request = self.request;
         let init = Arc::new(Process::new(String::new(), stdio(request), None));
-        init.born(pid, io);
+        let (exit, oom, restoring) = match made {
+            Made::Created { pid, io, exit, oom } => {
+                init.born(pid, io);
+                (Some(exit), oom, None)
+            }
+            Made::Saved(restoring) => (None, None, Some(restoring)),
+        };
+        let pid = init.pid();
         let container = Arc::new(Container {
             id: request.id.clone(),
             bundle: self.bundle,
@@ -170,10 +194,14 @@ impl Making<'_> {
             outlives_init: self.spec.outlives_init(),
             freeze: tokio::sync::Mutex::default(),
             saving: AtomicBool::new(false),
+            mode: self.mode,
+            restoring: Mutex::new(restoring),
             oom: Mutex::new(oom),
         });
         let _turn = init.turn.lock().await;
-        tokio::spawn(container.clone().attend_init(exit));
+        if let Some(exit) = exit {
+            tokio::spawn(container.clone().attend_init(exit));
+        }
         self.shim.publisher.publish(TaskCreate {
             container_id: request.id.clone(),
             bundle: request.bundle.clone(),

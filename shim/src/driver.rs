@@ -6,20 +6,22 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim::api::Options;
+use containerd_shim::protos::shim::oci::CheckpointOptions;
 use oci_spec::runtime::{LinuxResources, Process};
 use runc::options::{CreateOpts, DeleteOpts, ExecOpts, GlobalOpts, KillOpts};
-use runc::{Command, Spawner};
+use runc::{Command, Io, Spawner};
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::unix::pipe::Receiver;
 
+use crate::full::Mode;
 use crate::reaper::Reaper;
 
 /// Where containerd-shim-runc-v2 keeps runc's state; the namespace comes below.
@@ -58,6 +60,19 @@ impl RuncError {
     /// Whether runc doesn't know the container.
     pub fn is_unknown(&self) -> bool {
         self.message.contains("does not exist")
+    }
+
+    /// CRIU's own words besides: runc only says where they are, in a directory that goes with the container.
+    fn with_criu_log(mut self, path: &Path) -> Self {
+        let log = std::fs::read(path).map(lossy).unwrap_or_default();
+        let errors: Vec<_> =
+            log.lines().filter_map(|line| line.split_once("Error ")).map(|(_, said)| said).collect();
+        if !errors.is_empty() {
+            // The first is the cause, but for what every run complains of.
+            let cause = errors.iter().find(|said| !said.contains("RLIMIT_NOFILE")).unwrap_or(&errors[0]);
+            self.message = format!("{}: CRIU: {}", self.message.replace('\n', ", "), cause.trim());
+        }
+        self
     }
 
     /// Whether there is anything to say besides runc's own words: the exit status tells nothing where it has logged.
@@ -119,6 +134,87 @@ impl Runc {
             Err(error) => Err(error),
         };
         log.close("exec", result)
+    }
+
+    /// `runc checkpoint`: has CRIU save the container's processes to a directory. They stay, frozen if they were.
+    pub async fn checkpoint(
+        &self,
+        id: &str,
+        images: &Path,
+        work: &Path,
+        options: &CheckpointOptions,
+        mode: &Mode,
+    ) -> Result<(), RuncError> {
+        let log = self.log();
+        let mut command = self.command(&log, mode, "checkpoint", images, work);
+        command.args(["--leave-running", "--file-locks"]);
+        for (flag, set) in [
+            ("--tcp-established", options.open_tcp),
+            ("--ext-unix-sk", options.external_unix_sockets),
+            ("--shell-job", options.terminal),
+        ] {
+            command.args(set.then_some(flag));
+        }
+        let result = self.execute(command.arg(id), None).await;
+        log.close("checkpoint", result).map_err(|error| error.with_criu_log(&work.join("dump.log")))
+    }
+
+    /// `runc restore`: has CRIU restore processes as the container, which they run in at once.
+    pub async fn restore(
+        &self,
+        id: &str,
+        options: &CreateOpts,
+        images: &Path,
+        work: &Path,
+        mode: &Mode,
+    ) -> Result<(), RuncError> {
+        let log = self.log();
+        let mut command = self.command(&log, mode, "restore", images, work);
+        command.args(["--detach", "--no-subreaper", "--file-locks", "--bundle"]).arg(&self.bundle);
+        for (flag, path) in [("--pid-file", &options.pid_file), ("--console-socket", &options.console_socket)]
+        {
+            if let Some(path) = path {
+                command.arg(flag).arg(path);
+            }
+        }
+        command.args(options.no_pivot.then_some("--no-pivot"));
+        let result = self.execute(command.arg(id), options.io.as_deref()).await;
+        log.close("restore", result).map_err(|error| error.with_criu_log(&work.join("restore.log")))
+    }
+
+    /// What the runc crate doesn't have; with its global options.
+    fn command(&self, log: &Log, mode: &Mode, verb: &str, images: &Path, work: &Path) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.arg("--root").arg(&self.root).arg("--log").arg(&log.path).args(["--log-format", "json"]);
+        command.args(self.systemd_cgroup.then_some("--systemd-cgroup"));
+        command.arg(verb).arg("--image-path").arg(images).arg("--work-path").arg(work);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.env_remove("NOTIFY_SOCKET");
+        // From 1.2 on runc finds it there only.
+        if let Some(directory) = mode.criu.as_deref().and_then(Path::parent) {
+            let mut path = directory.as_os_str().to_owned();
+            path.push(":");
+            path.push(std::env::var_os("PATH").unwrap_or_default());
+            command.env("PATH", path);
+        }
+        command
+    }
+
+    async fn execute(&self, command: &mut Command, io: Option<&dyn Io>) -> runc::Result<()> {
+        if let Some(io) = io {
+            io.set(command).await.map_err(|error| runc::error::Error::IoSet(error.to_string()))?;
+        }
+        let command = std::mem::replace(command, Command::new("true"));
+        let result = ReaperSpawner(self.reaper.clone()).execute(command).await;
+        if let Some(io) = io {
+            io.close_after_start().await;
+        }
+        let (status, _, stdout, stderr) = result?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(runc::error::Error::CommandFailed { status, stdout, stderr })
+        }
     }
 
     /// `runc kill`; `all` signals every process of the container, also where its init is dead.

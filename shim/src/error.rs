@@ -7,7 +7,8 @@ use std::io;
 
 use containerd_shim::protos::protobuf;
 use containerd_shim::protos::ttrpc::{self, Code};
-use stillframe_runtime::spec::RESTORE_FROM_ANNOTATION;
+use stillframe_runtime::config::{ConfigError, UnknownMode};
+use stillframe_runtime::spec::{MODE_ANNOTATION, RESTORE_FROM_ANNOTATION};
 
 use crate::bundle::BundleError;
 use crate::driver::RuncError;
@@ -98,6 +99,12 @@ pub enum TaskError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
+    /// The node's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The annotation for it.
+    #[error("annotation {MODE_ANNOTATION}")]
+    Mode(#[from] UnknownMode),
     /// The image to restore from.
     #[error("annotation {RESTORE_FROM_ANNOTATION} of container {id}")]
     Fetch {
@@ -158,9 +165,10 @@ impl TaskError {
             TaskError::InitGone { .. } | TaskError::NotStarted | TaskError::CheckpointRuns { .. } => {
                 Code::FAILED_PRECONDITION
             }
-            TaskError::Options(_) | TaskError::Json { .. } | TaskError::Stdio(StdioError::Scheme(_)) => {
-                Code::INVALID_ARGUMENT
-            }
+            TaskError::Options(_)
+            | TaskError::Mode(_)
+            | TaskError::Json { .. }
+            | TaskError::Stdio(StdioError::Scheme(_)) => Code::INVALID_ARGUMENT,
             TaskError::Unwanted { .. } => Code::ABORTED,
             TaskError::Metrics(MetricsError::Gone { .. }) => Code::NOT_FOUND,
             TaskError::Panicked { .. } => Code::INTERNAL,
@@ -172,6 +180,7 @@ impl TaskError {
             | TaskError::Metrics(_)
             | TaskError::Sandbox { .. }
             | TaskError::Fetch { .. }
+            | TaskError::Config(_)
             | TaskError::Shim { .. }
             | TaskError::Io { .. }
             | TaskError::Encode(_) => Code::UNKNOWN,

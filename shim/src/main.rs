@@ -22,6 +22,7 @@ mod error;
 mod events;
 mod exec;
 mod fetch;
+mod full;
 mod image;
 mod info;
 mod launch;

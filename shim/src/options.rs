@@ -110,13 +110,13 @@ fn runtime_options(any: &Any) -> Result<Options, OptionsError> {
     })
 }
 
-/// Whether the task has to die once it is saved (`CheckpointOptions.exit`). The rest of those options is about CRIU.
-pub fn checkpoint_exits(any: Option<&Any>) -> Result<bool, OptionsError> {
+/// How a checkpoint is to be made. Only whether the task has to die once it is saved (`exit`) isn't about CRIU.
+pub fn checkpoint(any: Option<&Any>) -> Result<CheckpointOptions, OptionsError> {
     match any {
-        Some(any) if any_is::<CheckpointOptions>(any) => CheckpointOptions::parse_from_bytes(&any.value)
-            .map(|options| options.exit)
-            .map_err(|source| not_decoded(any, source)),
-        _ => Ok(false),
+        Some(any) if any_is::<CheckpointOptions>(any) => {
+            CheckpointOptions::parse_from_bytes(&any.value).map_err(|source| not_decoded(any, source))
+        }
+        _ => Ok(CheckpointOptions::default()),
     }
 }
 
@@ -188,12 +188,13 @@ mod tests {
     fn only_exit_is_read_from_checkpoint_options() {
         let exit = CheckpointOptions { exit: true, ..Default::default() }.write_to_bytes().unwrap();
         let url = "containerd.runc.v1.CheckpointOptions";
-        assert!(checkpoint_exits(Some(&any(url, &exit))).unwrap());
+        let exits = |any: Option<&Any>| checkpoint(any).unwrap().exit;
+        assert!(exits(Some(&any(url, &exit))));
         // `ctr containers checkpoint` sends file_locks and nothing else.
-        assert!(!checkpoint_exits(Some(&any(url, &[40, 1]))).unwrap());
-        assert!(!checkpoint_exits(Some(&any(url, &[]))).unwrap());
-        assert!(!checkpoint_exits(Some(&any("containerd.linux.runc.CheckpointOptions", &exit))).unwrap());
-        assert!(!checkpoint_exits(None).unwrap());
-        assert!(checkpoint_exits(Some(&any(url, &[0xff]))).is_err());
+        assert!(!exits(Some(&any(url, &[40, 1]))));
+        assert!(!exits(Some(&any(url, &[]))));
+        assert!(!exits(Some(&any("containerd.linux.runc.CheckpointOptions", &exit))));
+        assert!(!exits(None));
+        assert!(checkpoint(Some(&any(url, &[0xff]))).is_err());
     }
 }

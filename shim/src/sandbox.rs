@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::path::PathBuf;
 
+use stillframe_runtime::image_source::ImageSource;
 use stillframe_runtime::sandbox::{CheckpointRequest, PrepareRequest, Sandbox};
 
 use crate::error::TaskError;
@@ -34,21 +35,22 @@ impl Filesystems {
     }
 
     /// Mounts the container's filesystems, with the contents of the image at `restore_from` if there is one, and rewrites the
-    /// bundle's config.json to use them. Undoes everything on error. `runtime` is the command of runc.
+    /// bundle's config.json to use them. Undoes everything on error. `runtime` is the command of runc. Gives the image if it holds
+    /// the container's processes, too.
     pub async fn prepare(
         &self,
         bundle: PathBuf,
         rootfs: PathBuf,
         runtime: PathBuf,
         restore_from: Option<PathBuf>,
-    ) -> Result<(), TaskError> {
+    ) -> Result<Option<ImageSource>, TaskError> {
         let container_id = self.container_id.clone();
         let request = PrepareRequest { container_id, bundle, rootfs, runtime, restore_from };
         let prepared = self.call("preparing", move |sandbox| sandbox.prepare(&request)).await?;
         if let Some(restored) = prepared.restored {
             tracing::info!(container = self.container_id, bytes = restored.bytes, ?restored, "restored");
         }
-        Ok(())
+        Ok(prepared.processes)
     }
 
     /// Tells the sandbox by which process the container's cgroup is found.
@@ -58,10 +60,16 @@ impl Filesystems {
     }
 
     /// Saves the container's filesystems to a directory. With `kill` the init is killed once they are saved, but stays frozen if
-    /// it was.
-    pub async fn checkpoint(&self, image_path: PathBuf, kill: bool) -> Result<(), TaskError> {
+    /// it was. `processes` are CRIU's files there.
+    pub async fn checkpoint(
+        &self,
+        image_path: PathBuf,
+        kill: bool,
+        processes: Vec<String>,
+    ) -> Result<(), TaskError> {
         let container_id = self.container_id.clone();
-        let request = CheckpointRequest { kill, ..CheckpointRequest::new(container_id, image_path) };
+        let request =
+            CheckpointRequest { kill, processes, ..CheckpointRequest::new(container_id, image_path) };
         let result = self.call("checkpointing", move |sandbox| sandbox.checkpoint_as_asked(request)).await?;
         tracing::info!(container = self.container_id, ?result, "checkpointed");
         Ok(())

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use containerd_shim::protos::shim_async::create_task;
@@ -64,6 +64,7 @@ pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
         address: flags.address.clone().into(),
         reaper,
         publisher: publisher.clone(),
+        restored: Mutex::default(),
     });
     let exit = Arc::new(ExitSignal::default());
     let mut server = server(TaskService::new(shim, exit.clone()), listener)?;

@@ -373,6 +373,7 @@ mod tests {
             address: PathBuf::new(),
             reaper: Arc::new(Reaper::default()),
             publisher,
+            restored: Mutex::default(),
         };
         let exit = Arc::new(ExitSignal::default());
         (TaskService::new(Arc::new(shim), exit.clone()), exit)

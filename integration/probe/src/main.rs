@@ -5,6 +5,7 @@
 //! error and status 1; wrong usage is status 2.
 
 mod content;
+mod count;
 mod escape;
 mod fill;
 mod hold;
@@ -12,6 +13,7 @@ mod list;
 mod meter;
 mod mounts;
 mod random;
+mod sys;
 
 use std::ffi::OsString;
 use std::io::{self, BufWriter};
@@ -19,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: stillframe-probe fill DIR [--seed N] [--big BYTES] [--copy SRC] [--beyond-path-max] \
-[--inode-flags] | list DIR [--cross] | hold DIR | idle | pause-meter | mounts | mount-tmpfs DIR";
+[--inode-flags] | list DIR [--cross] | hold DIR | count FILE SEGMENT | idle | pause-meter | mounts | mount-tmpfs DIR";
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -58,6 +60,7 @@ fn run(arguments: &[OsString]) -> Result<(), Failure> {
         ["list", _] => list::list(Path::new(&arguments[1]), false, out)?,
         ["list", _, "--cross"] => list::list(Path::new(&arguments[1]), true, out)?,
         ["hold", _] => hold::hold(Path::new(&arguments[1]))?,
+        ["count", _, _] => count::count(Path::new(&arguments[1]), Path::new(&arguments[2]))?,
         ["idle"] => {
             println!("ready");
             hold::idle();

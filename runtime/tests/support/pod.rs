@@ -28,7 +28,7 @@ impl Pod {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let namespace = format!("pod-{}-{number}", std::process::id());
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-        let config = Config { filestore_dir: dir.path().join("filestore") };
+        let config = Config { filestore_dir: dir.path().join("filestore"), ..Config::default() };
         let sandbox = Sandbox::new(&namespace, "s").unwrap().with_config(config);
         Self { namespace, sandbox, dir, containers: Vec::new(), processes: Vec::new() }
     }

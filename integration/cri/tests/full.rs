@@ -1,0 +1,62 @@
+//! Mode `full` in a pod: a container's process goes on in another pod, with the volume that it had a file open on and the pod's shared
+//! memory that it had mapped.
+
+use stillframe_cri::{Cri, MemoryVolume, PodContainer, State};
+use stillframe_integration::{ContainerdVersion, criu};
+
+stillframe_integration::with_every_containerd!(a_pods_process_goes_on_in_another_pod);
+
+const IMAGE: &str = "stillframe.test/full:1";
+
+/// Its token and how far it has counted, when that is beyond a number.
+#[track_caller]
+fn counted(container: &PodContainer<'_>, beyond: u64) -> (String, u64) {
+    for _ in 0..1000 {
+        let log = container.shell("tail -n 2 /cache/log | head -n 1");
+        let mut words = log.split_whitespace();
+        if let (Some(token), Some(count)) = (words.next(), words.next().and_then(|word| word.parse().ok()))
+            && count > beyond
+        {
+            return (token.to_owned(), count);
+        }
+    }
+    panic!("it doesn't count beyond {beyond}: {}", container.shell("tail -n 3 /cache/log"));
+}
+
+fn a_pods_process_goes_on_in_another_pod(version: &ContainerdVersion) {
+    if criu::or_skip("a_pods_process_goes_on_in_another_pod").is_none() {
+        return;
+    }
+    let cri = Cri::start(version).unwrap();
+    let containerd = cri.containerd();
+    let mode = "dev.stillframe.checkpoint.mode";
+    let spec = cri.pod("old").annotation(mode, "full");
+    let volume = MemoryVolume::new(containerd.dir(), &spec.uid(), "cache", Some(16 << 20)).unwrap();
+    let pod = spec.run().unwrap();
+    let count = ["probe", "count", "/cache/log", "/dev/shm/segment"];
+    let web = pod.container("web").command(&count).mount(volume.path(), "/cache").start().unwrap();
+    let (token, before) = counted(&web, 20);
+    containerd.ctr().run(&["containers", "checkpoint", "--task", web.id(), IMAGE]).unwrap();
+    let (_, after) = counted(&web, before + 20);
+    pod.remove().unwrap();
+    drop(volume);
+
+    let spec = cri.pod("new").annotation(mode, "full").annotation("dev.stillframe.restore-from", IMAGE);
+    let volume = MemoryVolume::new(containerd.dir(), &spec.uid(), "cache", Some(16 << 20)).unwrap();
+    let pod = spec.run().unwrap();
+    let web = pod.container("web").command(&count).mount(volume.path(), "/cache").start().unwrap();
+    assert_eq!(counted(&web, after + 20).0, token, "another process");
+    assert_eq!(web.status().unwrap().state(), State::ContainerRunning);
+    assert!(web.stats().unwrap().memory.is_some());
+    // Made again by kubelet it starts anew: the volume has gone on, and the processes of then don't fit it.
+    web.stop(0).unwrap();
+    assert_eq!(web.await_state(State::ContainerExited).unwrap().exit_code, 137);
+    web.remove().unwrap();
+    let web = pod.container("web").command(&count).mount(volume.path(), "/cache").start().unwrap();
+    assert_ne!(counted(&web, 1).0, token);
+    pod.remove().unwrap();
+    drop(volume);
+    let residue = containerd.settled_residue();
+    assert!(residue.is_empty(), "left behind:\n{residue}");
+    cri.stop().unwrap();
+}
