@@ -24,7 +24,7 @@ pub use memory_file::MemoryFile;
 pub use meta::{MetaError, PagesMeta, PrivateMemoryFileMeta};
 pub use page::{ExtentError, FileRange, MAX_FILE_SIZE, PAGE_SIZE, PageExtent, PagesOffset, validate_extents};
 pub use save::{
-    AsyncMemoryFileSave, AsyncPagesFileSave, PagesFileSummary, SaveCanceller, SaveError, SaveOptions,
+    AsyncMemoryFileSave, AsyncPagesFileSave, Moves, PagesFileSummary, SaveCanceller, SaveError, SaveOptions,
     SettledPagesFile,
 };
 

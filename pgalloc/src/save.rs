@@ -29,6 +29,7 @@
 //!
 //! Mirrors gVisor's `AsyncPagesFileSave` and `AsyncMemoryFileSave` (pkg/sentry/pgalloc).
 
+mod compact;
 mod error;
 mod job;
 mod pages_file;
@@ -39,11 +40,13 @@ mod tail;
 mod writer;
 
 use std::fs::File;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 
+pub use compact::Moves;
 pub use error::SaveError;
 
 use crate::Direct;
@@ -241,6 +244,18 @@ impl SettledPagesFile {
         &self.summary
     }
 
+    /// Makes the file smaller: moves pages from its end, among those in `movable`, to the ranges in `free`, which nothing
+    /// refers to. Ranges are of whole pages and don't overlap; what is in neither stays where it is.
+    ///
+    /// # Errors
+    ///
+    /// The pages file can't be read or written; then it is worth nothing.
+    pub fn compact(&mut self, free: Vec<Range<u64>>, movable: Vec<Range<u64>>) -> Result<Moves, SaveError> {
+        let moves = compact::compact(&mut self.pages_file, &mut self.summary.digests, free, movable)?;
+        self.summary.length = self.summary.digests.pages_length();
+        Ok(moves)
+    }
+
     /// Sets the pages file's length and makes it durable (fsync(2)).
     ///
     /// # Errors
@@ -290,6 +305,23 @@ impl AsyncMemoryFileSave<'_> {
         range: FileRange,
     ) -> Result<Vec<PageExtent>, SaveError> {
         self.write(source, range, false)
+    }
+
+    /// Saves pages that the caller has read, as they are, pages of zeros as well: `pieces` with their offsets in the file,
+    /// each in whole pages unless it ends where the file does.
+    ///
+    /// Returns where they will be: one behind the other, the first at the start of the first extent. They are copied.
+    ///
+    /// # Errors
+    ///
+    /// The first error of the save.
+    pub fn write_pages(&self, pieces: &[(u64, &[u8])]) -> Result<Vec<PageExtent>, SaveError> {
+        self.pages.check()?;
+        let mut extents = Vec::new();
+        self.pages.tail.append_copies(pieces.iter().copied(), &mut extents)?;
+        let saved = pieces.iter().map(|(_, piece)| piece.len() as u64).sum();
+        self.pages.data_bytes.fetch_add(saved, Ordering::Relaxed);
+        Ok(extents)
     }
 
     fn write(&self, source: &File, range: FileRange, still: bool) -> Result<Vec<PageExtent>, SaveError> {

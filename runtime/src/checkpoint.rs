@@ -13,24 +13,28 @@
 
 mod error;
 mod freeze;
+mod lives;
 mod phase;
 
 use std::fs::File;
+use std::io::Write;
 use std::iter;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use stillframe_pgalloc::{
-    AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, PagesMeta, SaveError, SaveOptions,
+    AsyncMemoryFileSave, AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, PagesMeta, SaveError,
+    SaveOptions,
 };
 use stillframe_tmpfs::ResourceId;
-use stillframe_tmpfs::precopy::Precopied;
-use stillframe_tmpfs::save::{Contents, SaveTreeError, save_copied_tree, save_private_tree};
+use stillframe_tmpfs::entry::Timestamp;
+use stillframe_tmpfs::live::coarse_now;
+use stillframe_tmpfs::save::{SaveTreeError, TreeSummary, save_moving_tree, save_private_tree, save_tree};
 
-use crate::ahead::Ahead;
 pub use crate::checkpoint::error::{CheckpointCause, CheckpointError};
 use crate::checkpoint::freeze::Freeze;
+use crate::checkpoint::lives::Lives;
 pub use crate::checkpoint::phase::{Phase, PhaseTime};
 use crate::checkpoint::phase::{Progress, milliseconds};
 use crate::freezer::Cgroup;
@@ -160,6 +164,7 @@ fn take(
     for directory in iter::once(&request.image_path).chain(&request.pages_dir) {
         not_on_itself(directory, &selected)?;
     }
+    let tree = PartWriter::new(image.file(image::TREE)?);
     let on_disk = || selected.iter().filter(|selected| selected.record.filestore.is_some());
     for selected in on_disk() {
         selected.settle()?;
@@ -171,10 +176,10 @@ fn take(
         AsyncPagesFileSave::new(pages_file, options).map_err(|source| pages_failed(&image, source))?;
 
     progress.enter(Phase::Copy);
-    let mut ahead = if request.precopy && !cgroup.is_frozen()? {
-        copy_ahead(&selected, &views, &pages, &image)?
+    let mut lives = if request.precopy && !cgroup.is_frozen()? {
+        Lives::copy(&selected, &views, &pages, &image)?
     } else {
-        selected.iter().map(|_| None).collect()
+        Lives::none(&selected)
     };
 
     progress.enter(Phase::Freeze);
@@ -183,13 +188,12 @@ fn take(
     let freeze = Freeze::new(state, &cgroups, filesystems, request.pause_limit, pages.canceller())?;
 
     progress.enter(Phase::Settle);
-    let processes: Vec<i32> = cgroups.iter().flat_map(|cgroup| cgroup.processes()).collect();
-    ahead.iter_mut().flatten().for_each(|ahead| ahead.settle(&processes));
-    // Whoever may be thawed in the midst of it can't read files through mappings.
-    let contents = if request.pause_limit.is_some() { Contents::Moving } else { Contents::Still };
-    let saved = save(&container, &selected, &views, &ahead, contents, &image, pages);
-    let saved = saved.map_err(|cause| freeze.because(cause))?;
+    let limited = request.pause_limit.is_some();
+    let output = Output { image: &image, pages, tree };
+    let read = read(&container, &selected, &views, &mut lives, limited, output);
+    let read = read.map_err(|cause| freeze.because(cause))?;
     freeze.lift_limit()?;
+    let thaw = coarse_now();
 
     // What is to be killed isn't thawed before; whatever fails until then thaws it.
     let (freeze, mut frozen_for) = if request.kill {
@@ -199,8 +203,9 @@ fn take(
         (None, Some(freeze.thaw()?))
     };
     progress.enter(Phase::Commit);
-    let (copied_live_bytes, superseded_bytes) = (saved.copied_live, saved.superseded);
-    let (manifest, pages, copied_thawed_bytes) = commit(saved, &container, image, &request.processes)?;
+    let (rounds, copied_live_bytes) = (lives.rounds, lives.copied);
+    let Committed { manifest, pages, superseded_bytes, copied_thawed_bytes } =
+        commit(read, lives, thaw, &container, &selected, image, &request.processes)?;
     if request.kill {
         process::kill(init).map_err(|source| CheckpointCause::Kill { pid: init.pid, source })?;
     }
@@ -220,7 +225,7 @@ fn take(
         logical_bytes: sum(|filesystem| filesystem.logical_bytes),
         pages_bytes: pages.length,
         zero_bytes: pages.zero_bytes,
-        rounds: u32::from(ahead.iter().any(Option::is_some)),
+        rounds,
         copied_live_bytes,
         copied_frozen_bytes: pages.data_bytes.saturating_sub(copied_live_bytes + copied_thawed_bytes),
         copied_thawed_bytes,
@@ -232,118 +237,203 @@ fn take(
     })
 }
 
-/// What was read within the freeze, and needs the container no more.
-struct Saved {
-    /// Drained.
+/// The parts of an image that are written.
+struct Output<'a> {
+    image: &'a ImageWriter,
     pages: AsyncPagesFileSave,
     tree: PartWriter,
-    filesystems: Vec<SavedFilesystem>,
+}
+
+/// What was read within the freeze.
+struct Read {
+    /// Drained, if it had files that must be still.
+    pages: AsyncPagesFileSave,
+    tree: PartWriter,
+    filesystems: Vec<ReadFilesystem>,
     /// The private MemoryFiles, by their numbers.
     private: Vec<SavedFile>,
-    /// Bytes that were copied before the freeze.
-    copied_live: u64,
-    /// Bytes that were copied before the freeze in vain; nothing refers to them.
-    superseded: u64,
 }
 
-/// Copies what is in memory while the containers run.
-fn copy_ahead(
-    selected: &[Selected],
-    views: &[File],
-    pages: &AsyncPagesFileSave,
-    image: &ImageWriter,
-) -> Result<Vec<Option<Ahead>>, CheckpointCause> {
-    let memory_file = MemoryFile::main();
-    let memory = pages.register_memory_file(&memory_file).map_err(|source| pages_failed(image, source))?;
-    let copy = |(selected, view): (&Selected, &File)| {
-        if selected.record.filestore.is_some() {
-            return Ok(None);
-        }
-        Ahead::copy(view, &memory).map_err(|source| save_failed(&selected.record.resource_id, image, source))
-    };
-    selected.iter().zip(views).map(copy).collect()
+/// One filesystem that was read.
+struct ReadFilesystem {
+    offsets: Offsets,
+    /// `None` while it is in memory, as [`Lives`] has it.
+    archive: Option<(Archive, TreeSummary)>,
 }
 
-/// Reads the filesystems; nothing is durable yet.
-fn save(
+/// Where a filesystem's archive is.
+enum Archive {
+    /// Written, from there on.
+    Written(u64),
+    /// To be written after those before it.
+    Kept(Vec<u8>),
+}
+
+/// Reads the filesystems under the freeze; nothing is durable yet.
+fn read(
     container: &ContainerRecord,
     selected: &[Selected],
     views: &[File],
-    ahead: &[Option<Ahead>],
-    contents: Contents,
-    image: &ImageWriter,
-    pages: AsyncPagesFileSave,
-) -> Result<Saved, CheckpointCause> {
+    lives: &mut Lives,
+    limited: bool,
+    output: Output<'_>,
+) -> Result<Read, CheckpointCause> {
+    let Output { image, pages, mut tree } = output;
     let pages_failed = |source| pages_failed(image, source);
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
-    let mut tree = PartWriter::new(image.file(image::TREE)?);
     let mut filesystems = Vec::new();
     let mut private: Vec<SavedFile> = Vec::new();
     let mut frozen = Vec::new();
-    let mut copied_ahead = 0;
-    for ((selected, view), ahead) in selected.iter().zip(views).zip(ahead) {
+    let mut still = false;
+    // Archives are in the order of the filesystems, and those in memory are written after the thaw.
+    let at_once = lives.filesystems.iter().all(Option::is_none);
+    for ((selected, view), live) in selected.iter().zip(views).zip(&mut lives.filesystems) {
         let record = &selected.record;
-        let id = &record.resource_id;
-        let tree_start = tree.position();
+        let failed = |source| save_failed(&record.resource_id, image, source);
         let mut offsets = Offsets::PagesFile;
-        let saved = match &record.filestore {
-            None => {
-                let nothing = Precopied::default();
-                let copied = ahead.as_ref().map_or(&nothing, Ahead::copied);
-                save_copied_tree(view, &container.ids, &memory, contents, copied, tree)
+        let saving = match (&record.filestore, live) {
+            (None, Some(live)) => {
+                live.settle(&memory).map_err(failed)?;
+                filesystems.push(ReadFilesystem { offsets, archive: None });
+                continue;
             }
-            Some(path) => {
+            // Whoever may be thawed in the midst of it can't read files through mappings.
+            (None, None) if limited => Saving::Moving,
+            (None, None) => Saving::Still,
+            (Some(path), _) => {
                 let (guard, file) = selected.save_filestore(path, &pages, image)?;
                 frozen.push(guard);
                 let index = u32::try_from(private.len()).expect("a sandbox has fewer filesystems");
                 private.push(file);
                 let (format, ids) = (PrivateFormat::Ext4, container.ids.clone());
                 offsets = Offsets::PrivateFile { index, format, ids };
-                save_private_tree(view, &container.ids, tree)
+                Saving::Private
             }
         };
-        let (out, summary) = saved.map_err(|source| save_failed(id, image, source))?;
-        tree = out;
-        copied_ahead += summary.copied_ahead;
-        filesystems.push(SavedFilesystem {
+        still |= !matches!(saving, Saving::Moving);
+        let archive = if at_once {
+            let start = tree.position();
+            let (out, summary) = saving.save(view, container, &memory, tree).map_err(failed)?;
+            tree = out;
+            (Archive::Written(start), summary)
+        } else {
+            let (kept, summary) = saving.save(view, container, &memory, Vec::new()).map_err(failed)?;
+            (Archive::Kept(kept), summary)
+        };
+        filesystems.push(ReadFilesystem { offsets, archive: Some(archive) });
+    }
+    if still {
+        pages.drain().map_err(pages_failed)?;
+    }
+    drop(frozen);
+    Ok(Read { pages, tree, filesystems, private })
+}
+
+/// How a filesystem is saved that isn't in memory.
+#[derive(Clone, Copy)]
+enum Saving {
+    Still,
+    Moving,
+    Private,
+}
+
+impl Saving {
+    fn save<W: Write>(
+        self,
+        view: &File,
+        container: &ContainerRecord,
+        memory: &AsyncMemoryFileSave<'_>,
+        out: W,
+    ) -> Result<(W, TreeSummary), SaveTreeError> {
+        match self {
+            Self::Still => save_tree(view, &container.ids, memory, out),
+            Self::Moving => save_moving_tree(view, &container.ids, memory, out),
+            Self::Private => save_private_tree(view, &container.ids, out),
+        }
+    }
+}
+
+/// A committed image.
+struct Committed {
+    manifest: Manifest,
+    pages: PagesFileSummary,
+    /// Bytes in the pages file to which nothing refers.
+    superseded_bytes: u64,
+    /// Bytes that were read after the freeze.
+    copied_thawed_bytes: u64,
+}
+
+/// After the thaw, unless the containers are to be killed: reads what needs no freeze, writes the trees that are in memory,
+/// makes the parts durable and the directory an image.
+fn commit(
+    read: Read,
+    mut lives: Lives,
+    thaw: Timestamp,
+    container: &ContainerRecord,
+    selected: &[Selected],
+    image: ImageWriter,
+    beside: &[String],
+) -> Result<Committed, CheckpointCause> {
+    let Read { pages, mut tree, filesystems, private: files } = read;
+    let pages_failed = |source| pages_failed(&image, source);
+    lives.verify(selected, &image, thaw)?;
+    let (mut private, mut copied_thawed_bytes) = (Vec::new(), 0);
+    for (index, file) in (0..).zip(files) {
+        let (meta, copied) = file.finish(index, &pages).map_err(pages_failed)?;
+        private.push(meta);
+        copied_thawed_bytes += copied;
+    }
+    let mut pages = pages.settle().map_err(pages_failed)?;
+    let superseded_bytes = lives.compact(&mut pages).map_err(pages_failed)?;
+    let pages = pages.finish().map_err(pages_failed)?;
+
+    let tree_failed = |source| image.failed("write", image::TREE, source);
+    let mut described = Vec::new();
+    for ((selected, read), live) in selected.iter().zip(filesystems).zip(&lives.filesystems) {
+        let (tree_start, summary) = match (read.archive, live) {
+            (Some((Archive::Written(start), summary)), _) => (start, summary),
+            (Some((Archive::Kept(archive), summary)), _) => {
+                let start = tree.position();
+                tree.write_all(&archive).map_err(tree_failed)?;
+                (start, summary)
+            }
+            (None, Some(live)) => {
+                let start = tree.position();
+                let written = live.write(&container.ids, tree);
+                let written =
+                    written.map_err(|source| save_failed(&selected.record.resource_id, &image, source))?;
+                tree = written.0;
+                (start, written.1)
+            }
+            (None, None) => unreachable!("what has no archive is in memory"),
+        };
+        described.push((tree_start, summary, read.offsets));
+    }
+    let ends: Vec<u64> =
+        described.iter().skip(1).map(|(start, ..)| *start).chain([tree.position()]).collect();
+    let describe = |((selected, (tree_start, summary, offsets)), tree_end): (
+        (&Selected, (u64, TreeSummary, Offsets)),
+        u64,
+    )| {
+        let record = &selected.record;
+        let id = &record.resource_id;
+        SavedFilesystem {
             resource_id: id.clone(),
             aliases: record.ids().into_iter().filter(|alias| *alias != id).cloned().collect(),
             offsets,
             tree_start,
-            tree_end: tree.position(),
+            tree_end,
             options: options_text(record),
             files: summary.files,
             entries: summary.entries,
             logical_bytes: summary.logical_bytes,
             data_bytes: summary.data_bytes,
-        });
-    }
-    pages.drain().map_err(pages_failed)?;
-    drop(frozen);
-    let copied_live = ahead.iter().flatten().map(|ahead| ahead.copied().bytes).sum::<u64>();
-    let superseded = copied_live - copied_ahead;
-    Ok(Saved { pages, tree, filesystems, private, copied_live, superseded })
-}
+        }
+    };
+    let filesystems = selected.iter().zip(described).zip(ends).map(describe).collect();
 
-/// Reads what needs no freeze, makes the parts durable and the directory an image.
-///
-/// Besides the image's contents gives the bytes that were read here.
-fn commit(
-    saved: Saved,
-    container: &ContainerRecord,
-    image: ImageWriter,
-    beside: &[String],
-) -> Result<(Manifest, PagesFileSummary, u64), CheckpointCause> {
-    let pages_failed = |source| pages_failed(&image, source);
-    let (mut private, mut copied_thawed) = (Vec::new(), 0);
-    for (index, file) in (0..).zip(saved.private) {
-        let (meta, copied) = file.finish(index, &saved.pages).map_err(pages_failed)?;
-        private.push(meta);
-        copied_thawed += copied;
-    }
-    let pages = saved.pages.finish().map_err(pages_failed)?;
-    let tree = saved.tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
+    let tree = tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
     let meta = PagesMeta { pages_length: pages.length, digests: pages.digests.clone(), private };
     let meta = meta.encode();
     image.write(image::META, &meta)?;
@@ -357,15 +447,15 @@ fn commit(
         pages_length: pages.length,
         pages_path: image.pages_apart(),
         containers: vec![SavedContainer { name: container.name.clone(), named: container.named }],
-        filesystems: saved.filesystems,
+        filesystems,
         processes,
     };
     image.commit(&manifest)?;
-    Ok((manifest, pages, copied_thawed))
+    Ok(Committed { manifest, pages, superseded_bytes, copied_thawed_bytes })
 }
 
 /// A full disk is found out while some file is being saved, which has nothing to do with it.
-fn save_failed(id: &ResourceId, image: &ImageWriter, source: SaveTreeError) -> CheckpointCause {
+pub(crate) fn save_failed(id: &ResourceId, image: &ImageWriter, source: SaveTreeError) -> CheckpointCause {
     match source {
         SaveTreeError::Pages { source, .. } if source.is_of_pages_file() => pages_failed(image, source),
         source => CheckpointCause::Save { id: id.clone(), source },

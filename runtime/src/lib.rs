@@ -3,7 +3,6 @@
 //! Knows filesystems (`stillframe-tmpfs`), the OCI spec and the image directory; knows no ttrpc and no
 //! containerd, and must never learn of them. Nothing here is async: callers that are give it a thread.
 
-mod ahead;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -32,7 +32,7 @@ const DIRECTORY: &str = "STILLFRAME_TEST_WRITERS";
 const FILES: u64 = 300;
 const MAPPED: u64 = 400;
 const COLD: u64 = 2000;
-const ROUNDS: u64 = 5;
+const ROUNDS: u64 = 2;
 
 fn describe(mountpoint: &Path) -> BTreeMap<PathBuf, String> {
     let view = open_view(mountpoint).unwrap();
@@ -230,6 +230,9 @@ fn round(number: u64) -> u64 {
     let image = dir.path().join("image");
     let request = CheckpointRequest { kill: true, ..CheckpointRequest::new("c", &image) };
     let result = pod.sandbox.checkpoint(&request).unwrap();
+    if std::env::var_os("STILLFRAME_LIVE_SHOW").is_some() {
+        println!("{number}: {result:?}");
+    }
     pod.await_death();
     let want = describe(&mount);
 

@@ -11,16 +11,15 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use rustix::fs::Statx;
 use stillframe_pgalloc::{AsyncMemoryFileSave, FileRange, PageExtent, SaveError};
 
 use crate::encode::TreeWriter;
-use crate::entry::{Attributes, Kind, PathName, Timestamp};
+use crate::entry::{Attributes, Kind, PathName, Xattr};
 use crate::first_names::{FirstNames, Named};
 use crate::id_map::{IdMap, Ids};
-use crate::precopy::Precopied;
 use crate::private;
-use crate::scan::{Content, Object, format, scan};
+use crate::scan::{Content, Object, scan};
+use crate::stat::Stat;
 use crate::xattr;
 
 /// What was saved.
@@ -34,8 +33,6 @@ pub struct TreeSummary {
     pub logical_bytes: u64,
     /// Bytes of pages that hold data.
     pub data_bytes: u64,
-    /// Bytes among them that were copied ahead of the freeze.
-    pub copied_ahead: u64,
 }
 
 /// Why a filesystem couldn't be saved.
@@ -68,6 +65,15 @@ pub enum SaveTreeError {
         /// Path in the filesystem.
         path: PathName,
     },
+    /// Something changed of which the kernel had not told.
+    #[error(
+        "\"/{path}\" changed before the freeze, and the kernel didn't report it, so the image would be wrong: \
+         copy nothing ahead of the freeze"
+    )]
+    Unreported {
+        /// Path in the filesystem, or the number of its inode.
+        path: PathName,
+    },
     /// The pages of a file couldn't be saved.
     #[error("save the pages of \"/{path}\"")]
     Pages {
@@ -93,20 +99,18 @@ pub fn save_tree<W: Write>(
     memory: &AsyncMemoryFileSave<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Source::Memory(memory, Contents::Still, None), out)
+    save(root, ids, Source::Memory(memory, Contents::Still), out)
 }
 
-/// The same for a filesystem of which files were copied ahead through `memory`: those that are still the same
-/// aren't read again.
-pub fn save_copied_tree<W: Write>(
+/// The same for a filesystem whose writers may be thawed meanwhile, if then all of it is thrown away: contents are
+/// copied, and not read through mappings, of which a truncation would make a trap.
+pub fn save_moving_tree<W: Write>(
     root: &File,
     ids: &Ids,
     memory: &AsyncMemoryFileSave<'_>,
-    contents: Contents,
-    precopied: &Precopied,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Source::Memory(memory, contents, Some(precopied)), out)
+    save(root, ids, Source::Memory(memory, Contents::Moving), out)
 }
 
 /// Saves the tree of a filesystem on a filestore, which is frozen; its extents are offsets in the filestore, whose
@@ -125,8 +129,8 @@ pub(crate) fn save_listing(root: &File, ids: &Ids) -> Result<Vec<u8>, SaveTreeEr
 }
 
 /// How files' contents may be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Contents {
+#[derive(Clone, Copy)]
+enum Contents {
     /// Nothing changes until the pages are settled, so that they needn't be copied.
     Still,
     /// Whoever is frozen may be thawed while they are read, and what was read then is thrown away.
@@ -136,8 +140,8 @@ pub enum Contents {
 /// Where a regular file's contents are.
 #[derive(Clone, Copy)]
 enum Source<'a> {
-    /// In memory: they are saved one by one, unless they were copied ahead.
-    Memory(&'a AsyncMemoryFileSave<'a>, Contents, Option<&'a Precopied>),
+    /// In memory: they are saved one by one.
+    Memory(&'a AsyncMemoryFileSave<'a>, Contents),
     /// In a filestore: only their places are.
     Private,
     /// Not asked for.
@@ -150,28 +154,19 @@ fn save<W: Write>(
     source: Source<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    let precopied = if let Source::Memory(_, _, precopied) = source { precopied } else { None };
-    let precopied = precopied.filter(|precopied| !precopied.is_empty());
     std::thread::scope(|scope| {
-        let mut saver = Saver {
-            ids,
-            source,
-            writer: TreeWriter::new(out),
-            summary: TreeSummary::default(),
-            first_names: FirstNames::default(),
-            path: Vec::new(),
-            directories: Vec::new(),
-        };
-        for batch in scan(scope, root, precopied)? {
-            for (name, object) in batch?.objects() {
-                saver.save(name, object)?;
+        let mut saver = Saver::new(ids, source, out);
+        for batch in scan(scope, root)? {
+            for (name, Object { depth, stat, content, xattrs, .. }) in batch?.objects() {
+                saver.save(name, depth, &stat, content, xattrs)?;
             }
         }
-        Ok((saver.writer.finish().map_err(SaveTreeError::Tree)?, saver.summary))
+        saver.finish()
     })
 }
 
-struct Saver<'a, W> {
+/// Writes a tree's objects to an archive, in the order of a walk.
+pub(crate) struct Saver<'a, W> {
     ids: &'a Ids,
     source: Source<'a>,
     writer: TreeWriter<W>,
@@ -183,9 +178,37 @@ struct Saver<'a, W> {
     directories: Vec<(usize, usize)>,
 }
 
-impl<W: Write> Saver<'_, W> {
-    fn save(&mut self, name: &[u8], object: Object) -> Result<(), SaveTreeError> {
-        let Object { depth, stat, content, xattrs, .. } = object;
+impl<'a, W: Write> Saver<'a, W> {
+    /// One for objects whose contents are saved already.
+    pub(crate) fn of_saved(ids: &'a Ids, out: W) -> Self {
+        Self::new(ids, Source::LeftOut, out)
+    }
+
+    fn new(ids: &'a Ids, source: Source<'a>, out: W) -> Self {
+        Self {
+            ids,
+            source,
+            writer: TreeWriter::new(out),
+            summary: TreeSummary::default(),
+            first_names: FirstNames::default(),
+            path: Vec::new(),
+            directories: Vec::new(),
+        }
+    }
+
+    pub(crate) fn finish(self) -> Result<(W, TreeSummary), SaveTreeError> {
+        Ok((self.writer.finish().map_err(SaveTreeError::Tree)?, self.summary))
+    }
+
+    /// The next object, which is in `depth` directories.
+    pub(crate) fn save(
+        &mut self,
+        name: &[u8],
+        depth: usize,
+        stat: &Stat,
+        content: Content,
+        xattrs: Vec<Xattr>,
+    ) -> Result<(), SaveTreeError> {
         self.summary.entries += u64::from(depth > 0);
         let index = self.summary.entries as usize;
         self.directories.truncate(depth);
@@ -199,8 +222,8 @@ impl<W: Write> Saver<'_, W> {
             self.directories.push((self.path.len(), index));
         }
         let path = self.path.as_slice();
-        if stat.stx_nlink > 1 && !matches!(content, Content::Directory) {
-            match self.first_names.meet(stat.stx_ino, stat.stx_nlink, index, path) {
+        if stat.links > 1 && !matches!(content, Content::Directory) {
+            match self.first_names.meet(stat.inode, stat.links, index, path) {
                 Named::First => {}
                 Named::Again { index, path: first } => {
                     let link = Kind::HardLink { target: index };
@@ -209,19 +232,16 @@ impl<W: Write> Saver<'_, W> {
                 }
             }
         }
-        let (major, minor) = (stat.stx_rdev_major, stat.stx_rdev_minor);
+        let (major, minor) = stat.device;
         let kind = match content {
             Content::Directory => Kind::Directory,
             Content::File(file) => {
-                let extents = save_pages(self.source, path, &file, stat.stx_size)?;
-                self.summary.count(stat.stx_size, extents)
+                let extents = save_pages(self.source, path, &file, stat.size)?;
+                self.summary.count(stat.size, extents)
             }
-            Content::Copied(extents) => {
-                self.summary.copied_ahead += bytes(&extents);
-                self.summary.count(stat.stx_size, extents)
-            }
+            Content::Saved(extents) => self.summary.count(stat.size, extents),
             Content::Symlink(target) => Kind::Symlink { target },
-            Content::Node => match format(&stat) {
+            Content::Node => match stat.format() {
                 libc::S_IFIFO => Kind::Fifo,
                 libc::S_IFSOCK => Kind::Socket,
                 libc::S_IFCHR => Kind::CharDevice { major, minor },
@@ -229,7 +249,7 @@ impl<W: Write> Saver<'_, W> {
                 other => unreachable!("the kernel has no inode format {other:o}"),
             },
         };
-        let mut attributes = Attributes { xattrs, ..attributes(&stat) };
+        let mut attributes = Attributes { xattrs, ..stat.attributes() };
         to_container(&mut attributes, self.ids)
             .map_err(|id| SaveTreeError::Unmapped { path: PathName(path.to_vec()), id })?;
         self.writer.append(path, parent, &kind, &attributes, b"").map_err(SaveTreeError::Tree)
@@ -248,7 +268,7 @@ fn save_pages(
     }
     let path = || PathName(path.to_vec());
     let (memory, contents) = match source {
-        Source::Memory(memory, contents, _) => (memory, contents),
+        Source::Memory(memory, contents) => (memory, contents),
         Source::Private => {
             let operation = "find the blocks of";
             let failed = |source| SaveTreeError::Object { operation, path: path(), source };
@@ -278,20 +298,6 @@ impl TreeSummary {
         self.logical_bytes = self.logical_bytes.saturating_add(size);
         self.data_bytes += bytes(&extents);
         Kind::File { size, extents }
-    }
-}
-
-fn attributes(stat: &Statx) -> Attributes {
-    let time = |t: &rustix::fs::StatxTimestamp| Timestamp { sec: t.tv_sec, nsec: t.tv_nsec };
-    Attributes {
-        mode: u32::from(stat.stx_mode) & 0o7777,
-        uid: stat.stx_uid,
-        gid: stat.stx_gid,
-        mtime: time(&stat.stx_mtime),
-        atime: time(&stat.stx_atime),
-        // The STATX_ATTR_* of these flags have the FS_*_FL bits' values (linux/stat.h).
-        flags: (stat.stx_attributes.bits() & u64::from(crate::entry::KEPT_FLAGS)) as u32,
-        xattrs: Vec::new(),
     }
 }
 

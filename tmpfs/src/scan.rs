@@ -12,13 +12,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{Builder, Scope};
 
-use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use stillframe_pgalloc::PageExtent;
 
 use crate::entry::{PathName, Xattr};
-use crate::precopy::Precopied;
 use crate::save::SaveTreeError;
+use crate::stat::Stat;
 use crate::walk::{Listed, Met, Walk};
 use crate::xattr::{self, Inode};
 
@@ -41,7 +41,7 @@ pub(crate) struct Object {
     name: Range<usize>,
     /// Number of directories that it is in: 0 for the root.
     pub(crate) depth: usize,
-    pub(crate) stat: Statx,
+    pub(crate) stat: Stat,
     pub(crate) content: Content,
     pub(crate) xattrs: Vec<Xattr>,
 }
@@ -51,8 +51,8 @@ pub(crate) enum Content {
     Directory,
     /// The file, open for reading.
     File(Arc<File>),
-    /// A file whose contents were copied ahead and are still the same.
-    Copied(Vec<PageExtent>),
+    /// A file whose contents are saved already.
+    Saved(Vec<PageExtent>),
     /// The target.
     Symlink(Vec<u8>),
     /// A fifo, socket or device, as its mode says.
@@ -74,12 +74,11 @@ pub(crate) type Scanned = Receiver<Result<Batch, SaveTreeError>>;
 pub(crate) fn scan<'scope>(
     scope: &'scope Scope<'scope, '_>,
     root: &'scope File,
-    precopied: Option<&'scope Precopied>,
 ) -> Result<Scanned, SaveTreeError> {
     let (sender, receiver) = sync_channel(QUEUE);
     let run = move || {
         let mut batch = Batch::default();
-        let failed = scan_all(root, precopied, &mut batch, &sender).err();
+        let failed = scan_all(root, &mut batch, &sender).err();
         // Whoever dropped the receiver wants no more.
         let _ = sender.send(Ok(batch));
         if let Some(error) = failed {
@@ -93,7 +92,6 @@ pub(crate) fn scan<'scope>(
 
 fn scan_all(
     root: &File,
-    precopied: Option<&Precopied>,
     batch: &mut Batch,
     sender: &SyncSender<Result<Batch, SaveTreeError>>,
 ) -> Result<(), SaveTreeError> {
@@ -104,7 +102,7 @@ fn scan_all(
             Some(Ok(met)) => met,
             Some(Err(source)) => return Err(failed("walk to", walk.path())(source)),
         };
-        let (stat, content, xattrs) = read(&met, precopied)?;
+        let (stat, content, xattrs) = read(&met)?;
         let start = batch.names.len();
         batch.names.extend_from_slice(met.name);
         batch.bytes += met.name.len() + xattrs.iter().map(|xattr| xattr.value.len()).sum::<usize>();
@@ -119,7 +117,7 @@ fn scan_all(
 
 /// The error of a call on the object at `path`. A name or an inode that was there and is gone means that somebody
 /// changes the filesystem.
-fn failed(operation: &'static str, path: &[u8]) -> impl FnOnce(io::Error) -> SaveTreeError {
+pub(crate) fn failed(operation: &'static str, path: &[u8]) -> impl FnOnce(io::Error) -> SaveTreeError {
     move |source| {
         let path = PathName(path.to_vec());
         match source.raw_os_error().map(Errno::from_raw_os_error) {
@@ -131,37 +129,28 @@ fn failed(operation: &'static str, path: &[u8]) -> impl FnOnce(io::Error) -> Sav
     }
 }
 
-fn read(met: &Met<'_>, precopied: Option<&Precopied>) -> Result<(Statx, Content, Vec<Xattr>), SaveTreeError> {
+fn read(met: &Met<'_>) -> Result<(Stat, Content, Vec<Xattr>), SaveTreeError> {
     let fail = |operation| failed(operation, met.path);
     if let Some(dir) = met.dir {
-        let stat = stat(dir).map_err(fail("stat"))?;
+        let stat = Stat::of(dir).map_err(fail("stat"))?;
         let xattrs = xattr::read(&Inode::Open(dir)).map_err(fail("read the xattrs of"))?;
         return Ok((stat, Content::Directory, xattrs));
-    }
-    // What was copied ahead needn't be opened: its attributes are in its name's statx, its xattrs were read then.
-    if let Some(precopied) = precopied.filter(|_| met.listed == Listed::Regular) {
-        let flags = AtFlags::SYMLINK_NOFOLLOW;
-        let stat = rustix::fs::statx(met.parent, met.name, flags, StatxFlags::BASIC_STATS);
-        let stat = stat.map_err(|errno| fail("stat")(errno.into()))?;
-        if let Some(copy) = precopied.find(&stat) {
-            return Ok((stat, Content::Copied(copy.extents.clone()), copy.xattrs.clone()));
-        }
     }
     // Opening before asking, so that what is told is told of what is read, and with one name looked up.
     if met.listed == Listed::Regular {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(met.parent, met.name, flags, Mode::empty());
         let file = File::from(opened.map_err(|errno| fail("open")(errno.into()))?);
-        let stat = stat(&file).map_err(fail("stat"))?;
-        if format(&stat) != libc::S_IFREG {
+        let stat = Stat::of(&file).map_err(fail("stat"))?;
+        if stat.format() != libc::S_IFREG {
             return Err(SaveTreeError::Changed { path: PathName(met.path.to_vec()) });
         }
         let xattrs = xattr::read(&Inode::Open(&file)).map_err(fail("read the xattrs of"))?;
         return Ok((stat, Content::File(Arc::new(file)), xattrs));
     }
     let file = xattr::open_path(met.parent, met.name).map_err(fail("open"))?;
-    let stat = stat(&file).map_err(fail("stat"))?;
-    let content = match format(&stat) {
+    let stat = Stat::of(&file).map_err(fail("stat"))?;
+    let content = match stat.format() {
         libc::S_IFLNK => {
             let target = rustix::fs::readlinkat(&file, "", Vec::new());
             let target = target.map_err(|errno| fail("read the target of")(errno.into()))?;
@@ -174,13 +163,4 @@ fn read(met: &Met<'_>, precopied: Option<&Precopied>) -> Result<(Statx, Content,
     };
     let xattrs = xattr::read(&Inode::PathOnly(&file)).map_err(fail("read the xattrs of"))?;
     Ok((stat, content, xattrs))
-}
-
-/// The bits of a mode that say what an inode is.
-pub(crate) fn format(stat: &Statx) -> u32 {
-    u32::from(stat.stx_mode) & libc::S_IFMT
-}
-
-pub(crate) fn stat(file: &File) -> io::Result<Statx> {
-    Ok(rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?)
 }

@@ -42,13 +42,18 @@ pub fn large(dir: &Path, bytes: u64) -> Result<()> {
 
 /// `files` files of 4 KiB, a hundred in a directory.
 pub fn small(dir: &Path, files: usize) -> Result<()> {
-    let block = noise(4096 + files)?;
+    many(dir, files, 4096)
+}
+
+/// The same, of `size` bytes each.
+pub fn many(dir: &Path, files: usize, size: usize) -> Result<()> {
+    let block = noise(size + files)?;
     for number in 0..files {
         let parent = dir.join(format!("{:04}", number / 100));
         if number % 100 == 0 {
             fs::create_dir(&parent)?;
         }
-        fs::write(parent.join(format!("file-{number}")), &block[number..number + 4096])?;
+        fs::write(parent.join(format!("file-{number}")), &block[number..number + size])?;
     }
     Ok(())
 }

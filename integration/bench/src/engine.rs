@@ -17,7 +17,6 @@ pub const ALL: &[Benchmark] = &[
     ("save.small", save_small),
     ("save.sparse", save_sparse),
     ("save.zeros", save_zeros),
-    ("pause.idle", pause_idle),
     ("restore.large", restore_large),
     ("restore.small", restore_small),
 ];
@@ -121,29 +120,6 @@ fn save_zeros(results: &mut Results) -> Result<()> {
         Ok(())
     };
     versus(results, "save.zeros.vs_cp", fill, ("cp", cp), 2.0)
-}
-
-/// How long a container that writes nothing is frozen, with 50,000 small files and a large one.
-fn pause_idle(results: &mut Results) -> Result<()> {
-    let scratch = scratch()?;
-    let bench = Bench::prepare(None)?.start()?;
-    data::small(&bench.mount(), FILES)?;
-    data::large(&bench.mount(), LARGE)?;
-    let image = scratch.path().join("image");
-    let medians = results.medians(
-        1,
-        &mut [
-            ("copied before the freeze, ms", Box::new(|| bench.pause(&image, true))),
-            ("copied under the freeze, ms", Box::new(|| bench.pause(&image, false))),
-        ],
-    )?;
-    results.ratio(
-        "pause.idle.vs_stop_and_copy",
-        ("stop_and_copy_ms", medians[1]),
-        ("precopy_ms", medians[0]),
-        Wanted::Nothing,
-    );
-    Ok(())
 }
 
 /// Restores into a fresh sandbox; the seconds of that alone.

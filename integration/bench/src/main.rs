@@ -9,8 +9,10 @@
 mod containers;
 mod data;
 mod engine;
+mod pause;
 mod sandbox;
 mod series;
+mod sys;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -20,6 +22,9 @@ use series::Results;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 fn main() -> ExitCode {
+    if let Some(writer) = pause::writer() {
+        return writer;
+    }
     match bench() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -42,7 +47,7 @@ fn bench() -> Result<()> {
         names.is_empty()
             || names.iter().any(|name| prefix.starts_with(name.as_str()) || name.starts_with(prefix))
     };
-    for (prefix, measure) in engine::ALL.iter().chain(containers::ALL) {
+    for (prefix, measure) in engine::ALL.iter().chain(pause::ALL).chain(containers::ALL) {
         if wanted(prefix) {
             eprintln!("bench: {prefix} ...");
             measure(&mut results)?;

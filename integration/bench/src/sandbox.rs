@@ -3,9 +3,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
+use stillframe_runtime::freezer::{Cgroup, FREEZE_TIMEOUT};
 use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Sandbox};
 use stillframe_runtime::state::STATE_ROOT;
 
@@ -48,17 +50,23 @@ impl Bench {
         Path::new(STATE_ROOT).join(&self.namespace).join("c/filesystems/c.0/mnt")
     }
 
-    /// Starts its process.
-    pub fn start(mut self) -> Result<Self> {
+    /// Starts its process, which sleeps.
+    pub fn start(self) -> Result<Self> {
+        Ok(self.start_with(Command::new("sleep").arg("100000").stdout(Stdio::null()))?.0)
+    }
+
+    /// Starts its process; gives what it prints, if that is piped.
+    pub fn start_with(mut self, command: &mut Command) -> Result<(Self, Option<ChildStdout>)> {
         let roots = ["/sys/fs/cgroup/freezer", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"];
         let root = roots.iter().map(Path::new).find(|root| root.join("cgroup.procs").exists());
         let cgroup = root.ok_or("no cgroup hierarchy with a freezer is mounted")?.join(&self.namespace);
         fs::create_dir(&cgroup)?;
-        let child = Command::new("sleep").arg("100000").stdin(Stdio::null()).spawn()?;
+        let mut child = command.stdin(Stdio::null()).spawn()?;
+        let output = child.stdout.take();
         fs::write(cgroup.join("cgroup.procs"), child.id().to_string())?;
         self.sandbox.set_init_pid("c", child.id().cast_signed())?;
         self.process = Some((child, cgroup));
-        Ok(self)
+        Ok((self, output))
     }
 
     /// Takes a checkpoint in the way that is done first, with all copying under the freeze.
@@ -67,12 +75,25 @@ impl Bench {
         Ok(self.sandbox.checkpoint(&request)?)
     }
 
-    /// Takes a checkpoint and throws it away; how long the container was frozen for it, in milliseconds.
-    pub fn pause(&self, image: &Path, precopy: bool) -> Result<f64> {
-        let request = CheckpointRequest { precopy, ..CheckpointRequest::new("c", image) };
-        let result = self.sandbox.checkpoint(&request)?;
+    /// Takes a checkpoint with all that can be copied before copied, and throws it away.
+    pub fn live_checkpoint(&self, image: &Path) -> Result<CheckpointResult> {
+        let result = self.sandbox.checkpoint(&CheckpointRequest::new("c", image))?;
         fs::remove_dir_all(image)?;
-        Ok(result.frozen_ms)
+        Ok(result)
+    }
+
+    /// Does something while its process is frozen; for how long it was, in seconds.
+    pub fn frozen(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let (_, cgroup) = self.process.as_ref().ok_or("no process was started")?;
+        let cgroup = match cgroup.join("freezer.state").exists() {
+            true => Cgroup::V1(cgroup.clone()),
+            false => Cgroup::V2(cgroup.clone()),
+        };
+        let begun = Instant::now();
+        let frozen = cgroup.freeze(FREEZE_TIMEOUT)?;
+        work()?;
+        drop(frozen);
+        Ok(begun.elapsed().as_secs_f64())
     }
 }
 

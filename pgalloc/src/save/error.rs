@@ -99,6 +99,15 @@ pub enum SaveError {
         #[source]
         source: Arc<io::Error>,
     },
+    /// What was written can't be read to be moved.
+    #[error("can't read the pages file at offset {offset}, to make it smaller")]
+    ReadBack {
+        /// Offset in the pages file.
+        offset: PagesOffset,
+        /// The cause.
+        #[source]
+        source: Arc<io::Error>,
+    },
     /// The pages file's writes can't be waited for.
     #[error("can't wait for the pages file's writes")]
     Ring {
@@ -131,6 +140,7 @@ impl SaveError {
             | Self::Direct { .. }
             | Self::Extend { .. }
             | Self::Write { .. }
+            | Self::ReadBack { .. }
             | Self::Ring { .. }
             | Self::Sync { .. } => true,
             Self::Examine { .. }

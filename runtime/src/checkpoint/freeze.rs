@@ -19,12 +19,42 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::process::{getpriority_process, setpriority_process};
 use stillframe_pgalloc::SaveCanceller;
 
 use crate::checkpoint::error::CheckpointCause;
 use crate::checkpoint::phase::milliseconds;
 use crate::freezer::{Cgroup, FREEZE_TIMEOUT, FreezeError, Frozen};
 use crate::state::{FreezeMarker, Locked};
+
+/// The nice value of what goes before everything else.
+const HIGHEST: i32 = -20;
+
+/// This thread goes before others while it lives: those that are woken first by a thaw would else keep it from waking the rest
+/// (measured: 0.6 s with 200 of them).
+#[derive(Debug)]
+struct Priority {
+    /// What it was, if it is known and could be changed.
+    before: Option<i32>,
+}
+
+impl Priority {
+    fn raise() -> Self {
+        let before = getpriority_process(None).ok();
+        let raised = before.filter(|_| setpriority_process(None, HIGHEST).is_ok());
+        Self { before: raised }
+    }
+}
+
+impl Drop for Priority {
+    fn drop(&mut self) {
+        if let Some(before) = self.before
+            && let Err(error) = setpriority_process(None, before)
+        {
+            tracing::warn!(%error, "a thread keeps its high priority");
+        }
+    }
+}
 
 /// The cgroups of one checkpoint, frozen. Thawed when it is dropped.
 #[derive(Debug)]
@@ -34,6 +64,8 @@ pub(crate) struct Freeze<'a> {
     limit: Option<Duration>,
     shared: Arc<Shared>,
     watch: Option<JoinHandle<()>>,
+    /// Dropped when everything is thawed.
+    _priority: Priority,
 }
 
 #[derive(Debug)]
@@ -92,7 +124,7 @@ impl<'a> Freeze<'a> {
         let begun = Instant::now();
         let cgroups = Cgroups { frozen: Vec::new(), limited: limit.is_some(), expired: None, stuck: false };
         let shared = Arc::new(Shared { cgroups: Mutex::new(cgroups), ended: Condvar::new() });
-        let mut freeze = Self { state, begun, limit, shared, watch: None };
+        let mut freeze = Self { state, begun, limit, shared, watch: None, _priority: Priority::raise() };
         if let Some(limit) = limit {
             let shared = freeze.shared.clone();
             let watch = Builder::new().name("pause-limit".into());

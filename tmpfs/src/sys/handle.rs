@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 const MAX_BYTES: usize = 32;
 
 /// Names an inode of a filesystem; meaningful with any descriptor on the same superblock.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub(crate) struct FileHandle {
     bytes: u32,
@@ -41,6 +41,17 @@ impl FileHandle {
             return Err(io::Error::last_os_error());
         }
         Ok(handle)
+    }
+
+    /// The handle in a `struct file_handle` that the kernel wrote; `None` if it is longer than any that is kept, or none.
+    pub(crate) fn from_kernel(bytes: &[u8]) -> Option<Self> {
+        let (length, rest) = bytes.split_first_chunk::<4>()?;
+        let (kind, rest) = rest.split_first_chunk::<4>()?;
+        let bytes = u32::from_ne_bytes(*length);
+        let mut handle = [0; MAX_BYTES];
+        let contents = rest.get(..bytes as usize).filter(|contents| !contents.is_empty())?;
+        handle.get_mut(..contents.len())?.copy_from_slice(contents);
+        Some(Self { bytes, kind: c_int::from_ne_bytes(*kind), handle })
     }
 
     /// Opens the inode; `on` is any descriptor (not O_PATH) on the mount to open it through.

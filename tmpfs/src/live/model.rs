@@ -1,0 +1,150 @@
+//! A filesystem's tree in memory: inodes by number, directories as lists of names in the order in which they were made.
+//!
+//! While processes run, parts of it are out of date or contradict each other; whatever changes is reported and read again,
+//! so that it is right when nothing runs any more. Inodes that lose their last name stay, with nobody referring to
+//! them.
+//!
+//! Memory: about 300 bytes an inode and 50 a name with its bytes.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+
+use rustix::fs::FileType;
+use stillframe_pgalloc::PAGE_SIZE;
+
+use crate::entry::Xattr;
+use crate::live::contents::Contents;
+use crate::stat::Stat;
+use crate::sys::handle::FileHandle;
+
+/// One inode.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) handle: FileHandle,
+    pub(crate) stat: Stat,
+    pub(crate) xattrs: Vec<Xattr>,
+    pub(crate) body: Body,
+}
+
+/// What is in an inode.
+#[derive(Debug)]
+pub(crate) enum Body {
+    Directory(Vec<Child>),
+    File(Contents),
+    /// The target.
+    Symlink(Vec<u8>),
+    /// A fifo, socket or device.
+    Other,
+}
+
+/// One name in a directory.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Child {
+    pub(crate) inode: u64,
+    pub(crate) name: Box<[u8]>,
+}
+
+impl Body {
+    /// Whether it is what a directory's listing calls `kind`.
+    pub(crate) fn is(&self, kind: FileType) -> bool {
+        match self {
+            Self::Directory(_) => kind == FileType::Directory,
+            Self::File(_) => kind == FileType::RegularFile,
+            Self::Symlink(_) => kind == FileType::Symlink,
+            Self::Other => !matches!(kind, FileType::Directory | FileType::RegularFile | FileType::Symlink),
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Model {
+    pub(crate) nodes: HashMap<u64, Node>,
+    pub(crate) handles: HashMap<FileHandle, u64>,
+    pub(crate) root: u64,
+}
+
+/// A name met on the way through the tree, a directory's before those in it.
+pub(crate) struct Visit<'a> {
+    pub(crate) name: &'a [u8],
+    /// Number of directories that it is in.
+    pub(crate) depth: usize,
+    pub(crate) inode: u64,
+}
+
+/// The tree isn't one, at this inode.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Broken(pub(crate) u64);
+
+impl Model {
+    pub(crate) fn insert(&mut self, node: Node) -> Option<Node> {
+        self.handles.insert(node.handle, node.stat.inode);
+        self.nodes.insert(node.stat.inode, node)
+    }
+
+    /// Goes through all names in the order of a walk. Ends early where `visit` fails.
+    pub(crate) fn walk<E: From<Broken>>(
+        &self,
+        mut visit: impl FnMut(Visit<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut seen = HashSet::from([self.root]);
+        visit(Visit { name: &[], depth: 0, inode: self.root })?;
+        let children = |inode| match self.nodes.get(&inode).map(|node| &node.body) {
+            Some(Body::Directory(children)) => Ok(Some(children.iter())),
+            Some(_) => Ok(None),
+            None => Err(Broken(inode)),
+        };
+        let mut stack = vec![children(self.root)?.ok_or(Broken(self.root))?];
+        while let Some(names) = stack.last_mut() {
+            let Some(Child { inode, name }) = names.next() else {
+                stack.pop();
+                continue;
+            };
+            visit(Visit { name, depth: stack.len(), inode: *inode })?;
+            if let Some(below) = children(*inode)? {
+                if !seen.insert(*inode) {
+                    return Err(Broken(*inode).into());
+                }
+                stack.push(below);
+            }
+        }
+        Ok(())
+    }
+
+    /// How many names each inode has that has any.
+    pub(crate) fn count_names(&self) -> Result<HashMap<u64, u32>, Broken> {
+        let mut names = HashMap::with_capacity(self.nodes.len());
+        self.walk(|visit: Visit<'_>| {
+            *names.entry(visit.inode).or_default() += 1;
+            Ok::<(), Broken>(())
+        })?;
+        Ok(names)
+    }
+
+    /// A path to the inode, for a message: found by going through everything.
+    pub(crate) fn path(&self, wanted: u64) -> Vec<u8> {
+        let (mut path, mut ends) = (Vec::new(), Vec::new());
+        let found = self.walk(|visit: Visit<'_>| {
+            ends.truncate(visit.depth);
+            path.truncate(ends.last().copied().unwrap_or(0));
+            if visit.depth > 1 {
+                path.push(b'/');
+            }
+            path.extend_from_slice(visit.name);
+            ends.push(path.len());
+            if visit.inode == wanted { Err(Broken(wanted)) } else { Ok(()) }
+        });
+        if found.is_err() { path } else { format!("inode {wanted}").into_bytes() }
+    }
+
+    /// The ranges of the pages file that the files' pages take, in no order.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = Range<u64>> {
+        let extents = self.nodes.values().filter_map(|node| match &node.body {
+            Body::File(contents) => Some(contents.extents.iter()),
+            _ => None,
+        });
+        extents.flatten().map(|extent| {
+            extent.pages_offset.0..extent.pages_offset.0 + extent.length.next_multiple_of(PAGE_SIZE)
+        })
+    }
+}
