@@ -6,9 +6,12 @@ mod filesystem;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+
+use nix::poll::{PollFd, PollFlags, poll};
 
 use filesystem::{Tmpfs, describe, fill, noise, set_times};
 use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, PagesMeta, SaveOptions};
@@ -213,6 +216,47 @@ fn a_terminal_is_refused() {
     let mut written = Vec::new();
     let _ = master.read_to_end(&mut written);
     assert_eq!(written, b"");
+}
+
+#[test]
+fn progress_is_shown_on_a_terminal_and_wiped_at_the_end() {
+    let old = Tmpfs::new(&[]);
+    fs::write(old.path().join("f"), noise(3 << 20, 1)).unwrap();
+    let image = image_of(&[&old]);
+    let size = nix::pty::Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+    let terminal = nix::pty::openpty(Some(&size), None).unwrap();
+    let mut command = stillframe(&[], image.path());
+    let mut export =
+        command.stdout(Stdio::piped()).stderr(terminal.slave).env("TERM", "xterm").spawn().unwrap();
+    // Only the export has the other end now.
+    drop(command);
+    let mut master = File::from(terminal.master);
+    let mut shown = String::new();
+    let mut read = || {
+        let mut bytes = [0; 4096];
+        let mut ready = [PollFd::new(master.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut ready, 20_000u16), Ok(1), "nothing is shown any more: {shown:?}");
+        // EIO: the other end is closed.
+        let length = master.read(&mut bytes).unwrap_or(0);
+        shown.push_str(&String::from_utf8_lossy(&bytes[..length]));
+        (length > 0, shown.clone())
+    };
+    // It waits for us to read more of the archive, of which a pipe doesn't hold much.
+    let mut stdout = export.stdout.take().unwrap();
+    let mut archive = vec![0; 3 << 19];
+    stdout.read_exact(&mut archive).unwrap();
+    while let (more, shown) = read()
+        && !shown.contains("/3.00 MiB")
+    {
+        assert!(more, "{shown:?}");
+    }
+    stdout.read_to_end(&mut archive).unwrap();
+    assert!(export.wait().unwrap().success());
+    assert!(archive.len() > 3 << 20);
+    while read().0 {}
+    let (_, shown) = read();
+    let end = shown.rsplit("MiB").next().unwrap();
+    assert!(end.contains("\u{1b}[2K"), "the line is erased after the last: {shown:?}");
 }
 
 #[test]

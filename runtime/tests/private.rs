@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use stillframe_runtime::config::Config;
@@ -225,6 +225,31 @@ fn inspect_lists_a_filesystem_on_disk_like_any_other() {
     assert!(text.contains("on disk    private file 0 of 134217728 bytes"), "{text}");
     // By whichever of its three names comes first.
     assert!(text.contains("/large") && text.contains(" 3000001 bytes in "), "{text}");
+}
+
+#[test]
+fn a_filesystem_on_disk_is_exported_like_any_other() {
+    let (_dir, image, mut want) = image("disk", "size=128m");
+    let new = filesystem::Tmpfs::new(&[]);
+    let mut export = Command::new(env!("CARGO_BIN_EXE_stillframe"));
+    let mut export =
+        export.arg("export").arg(&image).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let archive = export.stdout.take().unwrap();
+    let mut tar = Command::new("tar");
+    tar.args(["--xattrs", "--xattrs-include=*", "--acls", "--sparse", "--numeric-owner", "-xpf", "-"]);
+    let output = tar.current_dir(new.path()).stdin(archive).output().unwrap();
+    assert!(export.wait().unwrap().success() && output.status.success(), "{output:?}");
+    // What a tar can't hold, and what GNU tar doesn't set: access times and inode flags.
+    want.remove(Path::new("/socket")).unwrap();
+    let kept = |all: &BTreeMap<PathBuf, String>| {
+        let strip = |text: &String| {
+            let (atime, flags) = (text.find(" a ").unwrap(), text.find(" attr ").unwrap() + 6);
+            let rest = &text[flags + text[flags..].find(' ').unwrap()..];
+            format!("{}{rest}", &text[..atime])
+        };
+        all.iter().map(|(path, text)| (path.clone(), strip(text))).collect::<BTreeMap<_, _>>()
+    };
+    assert_same(&kept(&describe(new.path())), &kept(&want));
 }
 
 /// A directory of an xfs that has reflinks.
