@@ -11,6 +11,7 @@
 //! consistent, and if the host's filesystem has reflinks, that file is read from a clone when all is thawed. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen filesystem
 //! couldn't be frozen itself.
 
+mod durable;
 mod error;
 mod freeze;
 mod lives;
@@ -24,14 +25,14 @@ use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
 use stillframe_pgalloc::{
-    AsyncMemoryFileSave, AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, PagesMeta, SaveError,
-    SaveOptions,
+    AsyncMemoryFileSave, AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, SaveError, SaveOptions,
 };
 use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::entry::Timestamp;
 use stillframe_tmpfs::live::coarse_now;
 use stillframe_tmpfs::save::{SaveTreeError, TreeSummary, save_moving_tree, save_private_tree, save_tree};
 
+use crate::checkpoint::durable::make_durable;
 pub use crate::checkpoint::error::{CheckpointCause, CheckpointError};
 use crate::checkpoint::freeze::Freeze;
 use crate::checkpoint::lives::Lives;
@@ -39,7 +40,7 @@ pub use crate::checkpoint::phase::{Phase, PhaseTime};
 use crate::checkpoint::phase::{Progress, milliseconds};
 use crate::freezer::Cgroup;
 use crate::image::{self, ImageWriter, PartWriter};
-use crate::manifest::{Manifest, Offsets, Part, PrivateFormat, SavedContainer, SavedFilesystem};
+use crate::manifest::{Manifest, Offsets, PrivateFormat, SavedContainer, SavedFilesystem};
 use crate::process;
 use crate::processes;
 use crate::selected::{SavedFile, Selected, count_unlinked, not_on_itself, open_views, others, select};
@@ -386,7 +387,6 @@ fn commit(
     }
     let mut pages = pages.settle().map_err(pages_failed)?;
     let superseded_bytes = lives.compact(&mut pages).map_err(pages_failed)?;
-    let pages = pages.finish().map_err(pages_failed)?;
 
     let tree_failed = |source| image.failed("write", image::TREE, source);
     let mut described = Vec::new();
@@ -433,17 +433,14 @@ fn commit(
     };
     let filesystems = selected.iter().zip(described).zip(ends).map(describe).collect();
 
-    let tree = tree.finish().map_err(|source| image.failed("write", image::TREE, source))?;
-    let meta = PagesMeta { pages_length: pages.length, digests: pages.digests.clone(), private };
-    let meta = meta.encode();
-    image.write(image::META, &meta)?;
+    let (pages, tree, meta) = make_durable(pages, tree, private, &image)?;
     let processes = processes::describe(image.path(), beside)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let manifest = Manifest {
         stillframe: env!("CARGO_PKG_VERSION").to_owned(),
         created: now.as_secs(),
         tree,
-        meta: Part::of(&meta),
+        meta,
         pages_length: pages.length,
         pages_path: image.pages_apart(),
         containers: vec![SavedContainer { name: container.name.clone(), named: container.named }],
