@@ -5,7 +5,7 @@
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::binaries;
 use crate::containerd::StartError;
@@ -70,9 +70,9 @@ impl ContainerdVersion {
 
 /// Where the scripts that fetch something for the tests unpack it.
 pub(crate) fn cache() -> PathBuf {
-    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache")));
-    cache.unwrap_or_else(|| Path::new("/root/.cache").to_owned()).join("stillframe")
+    let cache = env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || env::home_dir().expect("the user has a home directory");
+    cache.unwrap_or_else(|| home().join(".cache")).join("stillframe")
 }
 
 /// Makes three tests of each function that takes a [`ContainerdVersion`]: with the installed containerd, 1.7 and 2.

@@ -21,7 +21,7 @@ use crate::plan::{Below, Mountpoint, PlannedMount, Volume};
 use crate::restore::{DiskTarget, Target};
 use crate::sandbox::{PrepareError, PrepareRequest, RemoveError};
 use crate::spec::Spec;
-use crate::state::{ContainerRecord, FilesystemRecord, FilesystemUser, Locked, pod_filesystem};
+use crate::state::{ContainerRecord, FilesystemRecord, FilesystemUser, Locked, STATE_ROOT, pod_filesystem};
 
 /// Makes the filesystems of one container.
 pub(crate) struct Maker<'a> {
@@ -167,7 +167,11 @@ impl Maker<'_> {
             },
             Below::Planned(number) => Some(self.mountpoint(*number).metadata().map_err(below)?.mode()),
         };
-        Ok(oci_runtime::default_mode(&self.request.runtime, mode.map(|mode| mode & 0o7777)))
+        Ok(oci_runtime::default_mode(
+            Path::new(STATE_ROOT),
+            &self.request.runtime,
+            mode.map(|mode| mode & 0o7777),
+        ))
     }
 
     fn mountpoint(&self, number: usize) -> &PathBuf {
