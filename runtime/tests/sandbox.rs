@@ -4,93 +4,63 @@ use std::error::Error;
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::Command;
 
 use stillframe_pgalloc::Direct;
-use stillframe_runtime::cli::chain;
-use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Prepared, Sandbox};
-use stillframe_runtime::state::STATE_ROOT;
+use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, Prepared, Sandbox};
 
-/// A bundle and its container, of which only the filesystems and a sleeping process are real.
+#[path = "support/pod.rs"]
+mod pod;
+
+use pod::Pod;
+
+/// A pod of one container, "c".
 struct Container {
-    sandbox: Sandbox,
-    namespace: String,
-    dir: tempfile::TempDir,
-    process: Option<(Child, PathBuf)>,
+    pod: Pod,
+    config: String,
 }
-
-static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 impl Container {
     /// A bundle with these mounts, in JSON.
     fn new(mounts: &str) -> Self {
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let namespace = format!("test-{}-{number}", std::process::id());
-        let dir = tempfile::tempdir().unwrap();
-        fs::create_dir_all(dir.path().join("rootfs/tmp")).unwrap();
-        let config = format!(r#"{{"ociVersion":"1.0.2","mounts":[{mounts}]}}"#);
-        fs::write(dir.path().join("config.json"), config).unwrap();
-        let sandbox = Sandbox::new(&namespace, "c").unwrap();
-        Self { sandbox, namespace, dir, process: None }
+        let pod = Pod::new();
+        let bundle = pod.dir.path().join("c");
+        fs::create_dir_all(bundle.join("rootfs/tmp")).unwrap();
+        let config = format!(r#""ociVersion":"1.0.2","mounts":[{mounts}]"#);
+        fs::write(bundle.join("config.json"), format!("{{{config}}}")).unwrap();
+        Self { pod, config }
     }
 
-    fn prepare(&self, image: Option<&Path>) -> Result<Prepared, String> {
-        let request = PrepareRequest {
-            container_id: "c".to_owned(),
-            bundle: self.dir.path().to_owned(),
-            rootfs: self.dir.path().join("rootfs"),
-            runtime: "runc".into(),
-            restore_from: image.map(Path::to_owned),
-        };
-        self.sandbox.prepare(&request).map_err(|error| chain(&error))
-    }
-
-    /// Starts its process, in a cgroup of the v1 freezer or else of v2.
-    fn start(&mut self) {
-        self.start_with(Command::new("sleep").arg("1000").stdin(Stdio::null()));
-    }
-
-    fn start_with(&mut self, command: &mut Command) {
-        let v1 = Path::new("/sys/fs/cgroup/freezer");
-        let v2 = [Path::new("/sys/fs/cgroup/unified"), Path::new("/sys/fs/cgroup")];
-        let v2 = v2.into_iter().find(|path| path.join("cgroup.subtree_control").exists());
-        let root = if v1.is_dir() { v1 } else { v2.expect("a cgroup hierarchy") };
-        let cgroup = root.join(&self.namespace);
-        fs::create_dir(&cgroup).unwrap();
-        let child = command.spawn().unwrap();
-        fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).unwrap();
-        self.sandbox.set_init_pid("c", child.id().cast_signed()).unwrap();
-        self.process = Some((child, cgroup));
+    fn prepare(&mut self, image: Option<&Path>) -> Result<Prepared, String> {
+        self.pod.prepare("c", &self.config, image)
     }
 
     fn running(mounts: &str) -> Self {
         let mut container = Self::new(mounts);
-        container.prepare(None).unwrap();
-        container.start();
+        container.pod.running("c", &container.config);
         container
     }
 
+    fn config_json(&self) -> String {
+        fs::read_to_string(self.pod.dir.path().join("c/config.json")).unwrap()
+    }
+
     fn state(&self) -> PathBuf {
-        Path::new(STATE_ROOT).join(&self.namespace)
+        self.pod.state()
     }
 
     /// Where its filesystem number `number` is mounted.
     fn mount(&self, number: u32) -> PathBuf {
-        self.state().join(format!("c/filesystems/c.{number}/mnt"))
+        self.pod.mount(&format!("c.{number}"))
     }
 
     fn checkpoint(&self, image: &Path, paths: &[&str]) -> Result<CheckpointResult, String> {
-        let request = CheckpointRequest {
-            paths: paths.iter().map(|path| path.parse().unwrap()).collect(),
-            ..CheckpointRequest::new("c", image)
-        };
-        self.sandbox.checkpoint(&request).map_err(|error| chain(&error))
+        self.pod.checkpoint("c", image, paths)
     }
 
     /// Thawed and alive?
     fn is_untouched(&self) -> bool {
-        let (child, _) = self.process.as_ref().unwrap();
+        let (child, _) = &self.pod.processes[0];
         let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
         let frozen = self.freezer_state();
         // It may be starting still.
@@ -98,23 +68,9 @@ impl Container {
     }
 
     fn freezer_state(&self) -> String {
-        let (_, cgroup) = self.process.as_ref().unwrap();
+        let (_, cgroup) = &self.pod.processes[0];
         let state = fs::read_to_string(cgroup.join("freezer.state"));
         state.or_else(|_| fs::read_to_string(cgroup.join("cgroup.freeze"))).unwrap().trim().to_owned()
-    }
-}
-
-impl Drop for Container {
-    fn drop(&mut self) {
-        if let Some((child, cgroup)) = &mut self.process {
-            let _ = fs::write(cgroup.join("freezer.state"), "THAWED");
-            let _ = fs::write(cgroup.join("cgroup.freeze"), "0");
-            let _ = child.kill();
-            let _ = child.wait();
-            let _ = fs::remove_dir(cgroup);
-        }
-        self.sandbox.remove("c").unwrap();
-        assert!(!self.state().exists(), "nothing is left of the sandbox's state");
     }
 }
 
@@ -124,7 +80,7 @@ const TWO: &str = r#"
 
 fn mounted_below(path: &Path) -> usize {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    mounts.lines().filter(|line| line.contains(path.to_str().unwrap())).count()
+    mounts.lines().filter(|line| line.contains(&format!("{}/", path.display()))).count()
 }
 
 /// Puts a file with an extent into each filesystem.
@@ -150,7 +106,7 @@ fn image() -> (tempfile::TempDir, PathBuf) {
 #[test]
 fn filesystems_are_prepared_saved_and_restored() {
     let container = Container::running(TWO);
-    let config = fs::read_to_string(container.dir.path().join("config.json")).unwrap();
+    let config = container.config_json();
     let config: serde_json::Value = serde_json::from_str(&config).unwrap();
     for (number, extra) in [(0, &[][..]), (1, &["nosuid"][..])] {
         let mount = &config["mounts"][number];
@@ -175,7 +131,7 @@ fn filesystems_are_prepared_saved_and_restored() {
     names.sort();
     assert_eq!(names, ["manifest.json", "pages.img", "pages.meta", "tree.tar"]);
 
-    let new = Container::new(TWO);
+    let mut new = Container::new(TWO);
     let restored = new.prepare(Some(&image)).unwrap().restored.unwrap();
     assert_eq!((restored.restored.len(), restored.entries, restored.bytes), (2, 4, 400_000));
     for number in 0..2 {
@@ -194,7 +150,7 @@ fn files_without_a_name_are_reported() {
     let path = container.mount(0).join("held");
     fs::write(&path, vec![1; 5000]).unwrap();
     let mut holder = Command::new("sleep");
-    container.start_with(holder.arg("1000").stdin(fs::File::open(&path).unwrap()));
+    container.pod.start_reading("c", holder.arg("1000").stdout(fs::File::open(&path).unwrap()));
     fs::remove_file(&path).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let result = container.checkpoint(&dir.path().join("image"), &[]).unwrap();
@@ -210,10 +166,10 @@ fn pages_that_are_kept_apart_are_found_and_verified_before_anything_is_restored(
     let dir = tempfile::tempdir().unwrap();
     let (image, apart) = (dir.path().join("image"), dir.path().join("made/apart"));
     let request = CheckpointRequest { pages_dir: Some(apart.clone()), ..CheckpointRequest::new("c", &image) };
-    container.sandbox.checkpoint(&request).unwrap();
+    container.pod.sandbox.checkpoint(&request).unwrap();
     assert!(!image.join("pages.img").exists());
     let pages = fs::read_dir(&apart).unwrap().next().unwrap().unwrap().path();
-    let new = Container::new(TWO);
+    let mut new = Container::new(TWO);
     new.prepare(Some(&image)).unwrap();
     assert_eq!(fs::read(new.mount(1).join("data")).unwrap(), vec![b'1'; 200_000]);
     drop(new);
@@ -227,7 +183,7 @@ fn pages_that_are_kept_apart_are_found_and_verified_before_anything_is_restored(
     assert!(refused(&image, TWO).contains(pages.to_str().unwrap()));
 
     // A checkpoint that fails leaves nothing there either.
-    container.sandbox.checkpoint(&request).unwrap_err();
+    container.pod.sandbox.checkpoint(&request).unwrap_err();
     assert_eq!(fs::read_dir(&apart).unwrap().count(), 0);
 }
 
@@ -261,7 +217,7 @@ fn a_selection_saves_what_it_names_and_nothing_else() {
     assert_eq!(error, "no filesystem of the container is \"/nosuch\"; there are: c:/scratch, c:/dev/shm");
     assert!(!dir.path().join("none").exists());
 
-    let new = Container::new(TWO);
+    let mut new = Container::new(TWO);
     let restored = new.prepare(Some(&dir.path().join("one"))).unwrap().restored.unwrap();
     assert_eq!(restored.empty.iter().map(ToString::to_string).collect::<Vec<_>>(), ["c:/scratch"]);
     assert_eq!(fs::read_dir(new.mount(0)).unwrap().count(), 0);
@@ -282,7 +238,7 @@ fn what_the_guest_mounts_does_not_hide_what_lies_below() {
     let saved = container.checkpoint(&image, &[]);
     assert!(Command::new("umount").arg(&over).status().unwrap().success());
     saved.unwrap();
-    let new = Container::new(TWO);
+    let mut new = Container::new(TWO);
     new.prepare(Some(&image)).unwrap();
     assert_eq!(fs::read_to_string(new.mount(0).join("dir/hidden")).unwrap(), "hidden");
     assert!(!new.mount(0).join("dir/guests").exists());
@@ -291,7 +247,7 @@ fn what_the_guest_mounts_does_not_hide_what_lies_below() {
 #[test]
 fn a_frozen_container_stays_frozen_and_a_killed_one_dies_after_the_commit() {
     let mut container = Container::running(TWO);
-    let (_, cgroup) = container.process.as_ref().unwrap();
+    let (_, cgroup) = &container.pod.processes[0];
     let (file, frozen) = if cgroup.join("freezer.state").exists() {
         ("freezer.state", "FROZEN")
     } else {
@@ -301,7 +257,7 @@ fn a_frozen_container_stays_frozen_and_a_killed_one_dies_after_the_commit() {
     let dir = tempfile::tempdir().unwrap();
     container.checkpoint(&dir.path().join("paused"), &[]).unwrap();
     assert_eq!(container.freezer_state(), frozen);
-    let (_, cgroup) = container.process.as_ref().unwrap();
+    let (_, cgroup) = &container.pod.processes[0];
     fs::write(cgroup.join(file), if file == "freezer.state" { "THAWED" } else { "0" }).unwrap();
 
     let request = |image: &str| CheckpointRequest {
@@ -310,11 +266,11 @@ fn a_frozen_container_stays_frozen_and_a_killed_one_dies_after_the_commit() {
         ..CheckpointRequest::new("c", dir.path().join(image))
     };
     // Not an empty directory: it fails, and the container lives.
-    container.sandbox.checkpoint(&request("paused")).unwrap_err();
+    container.pod.sandbox.checkpoint(&request("paused")).unwrap_err();
     assert!(container.is_untouched());
-    container.sandbox.checkpoint(&request("last")).unwrap();
+    container.pod.sandbox.checkpoint(&request("last")).unwrap();
     assert!(dir.path().join("last/manifest.json").exists());
-    let (child, _) = container.process.as_mut().unwrap();
+    let (child, _) = &mut container.pod.processes[0];
     assert_eq!(std::os::unix::process::ExitStatusExt::signal(&child.wait().unwrap()), Some(9));
     let error = container.checkpoint(&dir.path().join("dead"), &[]).unwrap_err();
     assert!(error.contains("container c has no running process"), "{error}");
@@ -370,13 +326,13 @@ fn two_filesystems_of_one_name_are_refused_when_saved() {
 
 /// Restores a damaged image; everything that was begun must be gone.
 fn refused(image: &Path, mounts: &str) -> String {
-    let container = Container::new(mounts);
-    let before = fs::read_to_string(container.dir.path().join("config.json")).unwrap();
+    let mut container = Container::new(mounts);
+    let before = container.config_json();
     let prepared = container.prepare(Some(image));
     let error = prepared.expect_err("a damaged image is refused");
     assert_eq!(mounted_below(&container.state()), 0, "{error}");
     assert!(!container.state().exists(), "{error}");
-    assert_eq!(fs::read_to_string(container.dir.path().join("config.json")).unwrap(), before);
+    assert_eq!(container.config_json(), before);
     error
 }
 
@@ -469,7 +425,7 @@ fn a_mount_that_can_not_be_made_is_named_and_undone() {
         [(r#""size=1m","sizze=2m""#, "\"sizze=2m\""), (r#""uid=5000000000""#, "uid=5000000000")]
     {
         let bad = format!(r#"{TWO},{{"destination":"/bad","type":"tmpfs","options":[{options}]}}"#);
-        let container = Container::new(&bad);
+        let mut container = Container::new(&bad);
         let error = container.prepare(None).map(|_| ()).unwrap_err();
         assert!(error.contains("/bad") && error.contains(want), "{error}");
         assert_eq!(mounted_below(&container.state()), 0);
