@@ -273,11 +273,16 @@ fn plan(version: &ContainerdVersion, services: Services, dir: &Path, name: &str)
         Ok::<_, StartError>(file)
     };
     let config = write("config.toml", &config::config(version.numbers().0, services, dir), 0o644)?;
-    for name in ["tmp", "bin"] {
+    for name in ["tmp", "bin", "cni"] {
         let path = dir.join(name);
         fs::create_dir(&path).map_err(at(&path))?;
     }
     write("bin/criu", include_str!("criu-version.bash"), 0o755)?;
+    for plugin in ["cni/loopback", "cni/nothing"] {
+        write(plugin, include_str!("cni-nothing.bash"), 0o755)?;
+    }
+    let network = r#"{"cniVersion":"0.4.0","name":"none","plugins":[{"type":"nothing"}]}"#;
+    write("cni/10-nothing.conflist", network, 0o644)?;
     let containerd = version.containerd.canonicalize().map_err(at(&version.containerd))?;
     let system = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
     let inherited = std::env::var("PATH").unwrap_or_default();

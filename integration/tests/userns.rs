@@ -1,6 +1,8 @@
 //! Containers with a user namespace: the tmpfs belongs to the container's root, whatever that is outside.
 
-use stillframe_integration::{Container, ContainerSpec, Containerd, Listing, RUNC, STILLFRAME, compare};
+use stillframe_integration::{
+    Container, ContainerSpec, Containerd, ContainerdVersion, Listing, RUNC, STILLFRAME, compare,
+};
 
 fn mapped<'a>(containerd: &'a Containerd, name: &str, runtime: &str) -> ContainerSpec<'a> {
     let spec = containerd.container(name).runtime(runtime);
@@ -28,6 +30,30 @@ fn mounts_and_owners_are_as_with_runc() {
     assert_eq!(our_files.get("./d", "uid"), Some("7"));
     assert_eq!(our_files.get("./id", "uid"), Some("0"));
     assert_eq!(our_files.get(".", "uid"), Some("1000"));
+}
+
+/// containerd 2 needn't change the owners of all files of an image: the shim mounts it with mapped ids.
+#[test]
+fn a_root_filesystem_with_mapped_ids_is_as_with_runc() {
+    const TEST: &str = "a_root_filesystem_with_mapped_ids_is_as_with_runc";
+    let Some(version) = ContainerdVersion::or_skip("2", TEST) else { return };
+    let containerd = Containerd::start_version(&version).unwrap();
+    let mut seen = Vec::new();
+    for (name, runtime) in [("theirs", RUNC), ("ours", STILLFRAME)] {
+        let container = mapped(&containerd, name, runtime).option("--remap-labels").start().unwrap();
+        let lines = "cat /proc/self/uid_map; stat -c '%n %u %g %a' / /bin /bin/probe /etc/passwd; echo x > /etc/new; \
+            chown 5:6 /etc/passwd; stat -c '%n %u %g' /etc/*; grep -c ' / overlay' /proc/mounts";
+        seen.push(container.shell(lines).unwrap().stdout);
+        container.remove().unwrap();
+    }
+    assert!(seen[0].contains("/bin/probe 0 0 755") && seen[0].contains("/etc/passwd 5 6"), "{}", seen[0]);
+    assert_eq!(seen[0], seen[1]);
+    let left =
+        std::fs::read_dir("/run/stillframe").into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with("lower-")).collect();
+    assert!(left.is_empty(), "{left:?}");
+    let residue = containerd.settled_residue();
+    assert!(residue.is_empty(), "{residue}");
 }
 
 #[test]

@@ -27,10 +27,10 @@ use serde::Serialize;
 use stillframe_pgalloc::{
     AsyncMemoryFileSave, AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, SaveError, SaveOptions,
 };
-use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::entry::Timestamp;
 use stillframe_tmpfs::live::coarse_now;
 use stillframe_tmpfs::save::{SaveTreeError, TreeSummary, save_moving_tree, save_private_tree, save_tree};
+use stillframe_tmpfs::{Ids, ResourceId};
 
 use crate::checkpoint::durable::make_durable;
 pub use crate::checkpoint::error::{CheckpointCause, CheckpointError};
@@ -292,6 +292,7 @@ fn read(
     for ((selected, view), live) in selected.iter().zip(views).zip(&mut lives.filesystems) {
         let record = &selected.record;
         let failed = |source| save_failed(&record.resource_id, image, source);
+        let ids = record.ids_of(&container.ids);
         let mut offsets = Offsets::PagesFile;
         let saving = match (&record.filestore, live) {
             (None, Some(live)) => {
@@ -307,19 +308,19 @@ fn read(
                 frozen.push(guard);
                 let index = u32::try_from(private.len()).expect("a sandbox has fewer filesystems");
                 private.push(file);
-                let (format, ids) = (PrivateFormat::Ext4, container.ids.clone());
-                offsets = Offsets::PrivateFile { index, format, ids };
+                let format = PrivateFormat::Ext4;
+                offsets = Offsets::PrivateFile { index, format, ids: ids.clone() };
                 Saving::Private
             }
         };
         still |= !matches!(saving, Saving::Moving);
         let archive = if at_once {
             let start = tree.position();
-            let (out, summary) = saving.save(view, container, &memory, tree).map_err(failed)?;
+            let (out, summary) = saving.save(view, &ids, &memory, tree).map_err(failed)?;
             tree = out;
             (Archive::Written(start), summary)
         } else {
-            let (kept, summary) = saving.save(view, container, &memory, Vec::new()).map_err(failed)?;
+            let (kept, summary) = saving.save(view, &ids, &memory, Vec::new()).map_err(failed)?;
             (Archive::Kept(kept), summary)
         };
         filesystems.push(ReadFilesystem { offsets, archive: Some(archive) });
@@ -343,14 +344,14 @@ impl Saving {
     fn save<W: Write>(
         self,
         view: &File,
-        container: &ContainerRecord,
+        ids: &Ids,
         memory: &AsyncMemoryFileSave<'_>,
         out: W,
     ) -> Result<(W, TreeSummary), SaveTreeError> {
         match self {
-            Self::Still => save_tree(view, &container.ids, memory, out),
-            Self::Moving => save_moving_tree(view, &container.ids, memory, out),
-            Self::Private => save_private_tree(view, &container.ids, out),
+            Self::Still => save_tree(view, ids, memory, out),
+            Self::Moving => save_moving_tree(view, ids, memory, out),
+            Self::Private => save_private_tree(view, ids, out),
         }
     }
 }
@@ -400,7 +401,7 @@ fn commit(
             }
             (None, Some(live)) => {
                 let start = tree.position();
-                let written = live.write(&container.ids, tree);
+                let written = live.write(&selected.record.ids_of(&container.ids), tree);
                 let written =
                     written.map_err(|source| save_failed(&selected.record.resource_id, &image, source))?;
                 tree = written.0;

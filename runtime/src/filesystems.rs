@@ -75,6 +75,7 @@ impl Maker<'_> {
                 users: vec![user],
                 filestore: filestore.clone(),
                 existing: planned.existing.clone(),
+                translated: planned.translated,
                 restoring: false,
                 restored: false,
             };
@@ -92,7 +93,8 @@ impl Maker<'_> {
         self.record.filesystems.push(name.clone());
         let aliases = if id == alias { Vec::new() } else { vec![alias] };
         let named = self.record.named;
-        self.targets.push(Target { name, id, aliases, named, mountpoint, fresh, disk });
+        let ids = if planned.translated { Ids::default() } else { self.record.ids.clone() };
+        self.targets.push(Target { name, id, aliases, named, mountpoint, fresh, disk, ids });
         self.of_mounts.push(self.targets.len() - 1);
         Ok(&self.targets[self.targets.len() - 1])
     }

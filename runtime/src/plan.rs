@@ -15,12 +15,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount;
+use stillframe_tmpfs::Ids;
 use stillframe_tmpfs::copy_up::open_in_root;
 use stillframe_tmpfs::options::{OptionsError, TmpfsOptions};
 use stillframe_tmpfs::resource::clean;
 
 use crate::hints::{HintError, Hints, Medium, Share};
-use crate::spec::Spec;
+use crate::spec::{Spec, id_map};
 use crate::volumes::{PodVolume, recognise};
 
 /// A mount of the spec that becomes a filesystem of ours.
@@ -49,11 +50,13 @@ pub struct PlannedMount {
     pub below: Below,
     /// Mountpoints of later mounts that lie on it.
     pub mountpoints: Vec<Mountpoint>,
+    /// Whether the mount translates ids as the container's user namespace does, so that on the filesystem are the container's.
+    pub translated: bool,
 }
 
 impl PlannedMount {
     /// A bind mount of a volume of the pod's: nothing is to be made, the options are somebody else's.
-    fn of_volume(index: usize, destination: String, volume: PodVolume) -> Self {
+    fn of_volume(index: usize, destination: String, volume: PodVolume, translated: bool) -> Self {
         Self {
             index,
             destination,
@@ -66,6 +69,7 @@ impl PlannedMount {
             source: None,
             below: Below::Nothing,
             mountpoints: Vec::new(),
+            translated,
         }
     }
 }
@@ -144,7 +148,15 @@ pub fn plan(spec: &Spec, rootfs: &Path) -> Result<Vec<PlannedMount>, PlanError> 
             if let Some(volume) =
                 source.as_deref().and_then(|source| recognise(Path::new(source), &destination))
             {
-                planned.push(PlannedMount::of_volume(index, destination, volume));
+                match translation(mount, spec) {
+                    Some(translated) => {
+                        planned.push(PlannedMount::of_volume(index, destination, volume, translated));
+                    }
+                    None => tracing::warn!(
+                        destination,
+                        "a volume is left alone: its mount translates ids otherwise than the container's user namespace"
+                    ),
+                }
             }
             continue;
         }
@@ -179,6 +191,7 @@ pub fn plan(spec: &Spec, rootfs: &Path) -> Result<Vec<PlannedMount>, PlanError> 
             // What mountinfo shows of a bind mount isn't its source.
             source: source.filter(|_| is_tmpfs(mount)),
             mountpoints: Vec::new(),
+            translated: false,
         });
     }
     for (index, mount) in spec.mounts().iter().enumerate() {
@@ -201,6 +214,20 @@ fn innermost<'a>(earlier: &'a [Mount], path: &str) -> Option<(usize, &'a Mount, 
         is_at_or_below(path, &at).then_some((index, mount, at))
     });
     on.max_by_key(|(index, _, at)| (at.len(), *index))
+}
+
+/// Whether a mount translates ids as the user namespace does (kubelet asks for that of all volumes of a pod that has one); `None` if
+/// it does so in another way.
+fn translation(mount: &Mount, spec: &Spec) -> Option<bool> {
+    let ids = Ids {
+        uid: id_map(mount.uid_mappings().as_deref().unwrap_or_default()),
+        gid: id_map(mount.gid_mappings().as_deref().unwrap_or_default()),
+    };
+    let asked = |option: &String| option == "idmap" || option == "ridmap";
+    if ids == Ids::default() {
+        return Some(mount.options().iter().flatten().any(asked));
+    }
+    (ids == *spec.ids()).then_some(true)
 }
 
 fn destination(mount: &Mount) -> String {
@@ -385,6 +412,25 @@ mod tests {
         assert!(plan[0].options.flags.ro);
         let (mount, superblock) = (plan[1].options.flags, plan[1].superblock.flags);
         assert!(mount.nodev && mount.noexec && superblock.noexec && !superblock.nodev);
+    }
+
+    #[test]
+    fn a_volume_whose_mount_translates_ids_has_the_containers() {
+        let map = |host: u32| format!(r#"[{{"containerID":0,"hostID":{host},"size":10}}]"#);
+        let dir = tempfile::tempdir().unwrap();
+        for (mount, want) in [
+            (String::new(), Some(false)),
+            (format!(r#","uidMappings":{0},"gidMappings":{0}"#, map(7)), Some(true)),
+            (r#","options":["rbind","ridmap"]"#.to_owned(), Some(true)),
+            (format!(r#","uidMappings":{},"gidMappings":{}"#, map(7), map(8)), None),
+        ] {
+            let linux = format!(r#"{{"uidMappings":{0},"gidMappings":{0}}}"#, map(7));
+            let mount = format!(r#"{{"destination":"/c","source":"/x","type":"bind"{mount}}}"#);
+            let config = format!(r#"{{"linux":{linux},"mounts":[{mount}]}}"#);
+            fs::write(dir.path().join("config.json"), config).unwrap();
+            let spec = Spec::read(dir.path()).unwrap();
+            assert_eq!(translation(&spec.mounts()[0], &spec), want, "{mount}");
+        }
     }
 
     #[test]

@@ -15,13 +15,13 @@
 use std::path::{Path, PathBuf};
 
 use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadOptions, MemoryFile, PrivateMemoryFileMeta};
-use stillframe_tmpfs::ResourceId;
 use stillframe_tmpfs::build::{BuildError, BuildOptions, build_tree, check_tree};
 use stillframe_tmpfs::entry::Tree;
 use stillframe_tmpfs::filestore::{self, FilestoreError, Root};
 use stillframe_tmpfs::mount::{DefaultMode, MountError, TmpfsMount, open_root, open_view, unmount, usage};
 use stillframe_tmpfs::options::TmpfsOptions;
 use stillframe_tmpfs::private::{self, PrivateError};
+use stillframe_tmpfs::{Ids, ResourceId};
 
 use crate::image::{Image, ImageError};
 use crate::manifest::{Manifest, Offsets, PrivateFormat};
@@ -115,6 +115,8 @@ pub struct Target {
     pub fresh: bool,
     /// What it takes to replace it as a whole, if it is on disk.
     pub disk: Option<DiskTarget>,
+    /// The mappings between the ids on it and the container's.
+    pub ids: Ids,
 }
 
 /// A filesystem on disk.
@@ -179,6 +181,7 @@ enum Way {
 struct Job<'a> {
     tree: Tree,
     target: &'a Target,
+    options: BuildOptions,
     way: Way,
 }
 
@@ -187,12 +190,13 @@ pub fn restore(
     image: Image,
     targets: &[Target],
     pairs: &[(usize, usize)],
-    options: &BuildOptions,
+    devices: bool,
 ) -> Result<RestoreResult, RestoreError> {
     let mut result = report(&image.manifest, targets, pairs);
     let mut jobs = Vec::new();
     for (index, target) in pairs.iter().filter(|(_, target)| targets[*target].fresh) {
-        jobs.push(prepare(&image, *index, &targets[*target], options)?);
+        let target = &targets[*target];
+        jobs.push(prepare(&image, *index, target, BuildOptions { ids: target.ids.clone(), devices })?);
     }
     let (image_path, pages_path) = (image.path().to_owned(), image.pages_path().to_owned());
     let load_failed = |source| RestoreError::Load { path: pages_path.clone(), source };
@@ -210,7 +214,7 @@ pub fn restore(
     }
     let mut built = Vec::new();
     let mut failed = None;
-    for (Job { tree, target, way }, root) in jobs.iter().zip(&roots) {
+    for (Job { tree, target, options, way }, root) in jobs.iter().zip(&roots) {
         let begun = match (way, root) {
             (Way::Build, Some(root)) => build_tree(root, tree, options, &loader)
                 .map(|tree| built.push((tree, *target)))
@@ -232,7 +236,7 @@ pub fn restore(
     for (tree, target) in built {
         tree.finish().map_err(|source| RestoreError::Build { id: target.id.clone(), source })?;
     }
-    for Job { tree, target, way } in &jobs {
+    for Job { tree, target, options, way } in &jobs {
         if let Way::Whole { size, .. } = way {
             mount_again(tree, target, *size, options, &image_path)?;
         }
@@ -246,7 +250,7 @@ fn prepare<'a>(
     image: &Image,
     index: usize,
     target: &'a Target,
-    options: &BuildOptions,
+    options: BuildOptions,
 ) -> Result<Job<'a>, RestoreError> {
     let mut tree = image.decode_tree(index)?;
     let open_failed = |source| RestoreError::Open { id: target.id.clone(), source };
@@ -271,9 +275,9 @@ fn prepare<'a>(
             tree = private::translate(tree, private).map_err(failed)?;
         }
     }
-    check_tree(&tree, options, &usage)
+    check_tree(&tree, &options, &usage)
         .map_err(|source| RestoreError::Build { id: target.id.clone(), source })?;
-    Ok(Job { tree, target, way })
+    Ok(Job { tree, target, options, way })
 }
 
 /// The size of a fresh filestore, if it can become the saved one: not if that is larger, nor if the number of inodes
@@ -394,6 +398,7 @@ mod tests {
             mountpoint: PathBuf::new(),
             fresh: true,
             disk: None,
+            ids: Ids::default(),
         };
         ids.iter().map(target).collect()
     }

@@ -9,7 +9,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use stillframe_tmpfs::ResourceId;
-use stillframe_tmpfs::build::BuildOptions;
 use stillframe_tmpfs::copy_up::CopyUpError;
 use stillframe_tmpfs::filestore::FilestoreError;
 use stillframe_tmpfs::mount::MountError;
@@ -331,12 +330,10 @@ impl Sandbox {
         let restored = match image {
             None => None,
             Some(image) => {
-                let ids = maker.record.ids.clone();
-                let options = BuildOptions { ids, devices: spec.may_make_devices() };
                 let fresh = |target: &usize| maker.targets[*target].fresh;
                 let restoring: Vec<usize> = pairs.iter().map(|(_, target)| *target).filter(fresh).collect();
                 maker.mark_restoring(&restoring, true)?;
-                let restored = restore(image, &maker.targets, &pairs, &options)?;
+                let restored = restore(image, &maker.targets, &pairs, spec.may_make_devices())?;
                 maker.mark_restoring(&restoring, false)?;
                 Some(restored)
             }

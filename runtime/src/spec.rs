@@ -165,7 +165,7 @@ impl Spec {
     }
 }
 
-fn id_map(mappings: &[LinuxIdMapping]) -> IdMap {
+pub(crate) fn id_map(mappings: &[LinuxIdMapping]) -> IdMap {
     let one =
         |m: &LinuxIdMapping| IdMapping { container: m.container_id(), host: m.host_id(), size: m.size() };
     IdMap(mappings.iter().map(one).collect())

@@ -103,6 +103,9 @@ pub struct FilesystemRecord {
     /// Where somebody else has mounted it, if it is a volume that was taken as it is.
     #[serde(default)]
     pub existing: Option<PathBuf>,
+    /// Whether its mounts translate ids: then those on it are the container's own.
+    #[serde(default)]
+    pub translated: bool,
     /// Whether it is being restored. If that isn't completed, what is on it is half of an image.
     #[serde(default)]
     pub restoring: bool,
@@ -112,6 +115,11 @@ pub struct FilesystemRecord {
 }
 
 impl FilesystemRecord {
+    /// The mappings between the ids on it and those of a container whose user namespace has `ids`.
+    pub fn ids_of(&self, ids: &Ids) -> Ids {
+        if self.translated { Ids::default() } else { ids.clone() }
+    }
+
     /// All its ResourceIDs, each once, the canonical one first.
     pub fn ids(&self) -> Vec<&ResourceId> {
         let mut ids = vec![&self.resource_id];

@@ -92,7 +92,7 @@ enum Made {
 impl Making<'_> {
     async fn make(&mut self) -> Result<Made, TaskError> {
         let request = self.request;
-        rootfs::mount(request).await?;
+        rootfs::mount(request, &self.shim.reaper).await?;
         self.phase = Phase::Mounted;
 
         let rootfs = if request.rootfs.is_empty() {

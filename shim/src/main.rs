@@ -23,6 +23,7 @@ mod events;
 mod exec;
 mod fetch;
 mod full;
+mod idmapped;
 mod image;
 mod info;
 mod launch;
@@ -50,6 +51,10 @@ use containerd_shim::protos::protobuf::Message;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if arguments == [idmapped::ACTION] {
+        idmapped::hold();
+        return ExitCode::SUCCESS;
+    }
     if let Some((action, rest)) = arguments.split_first()
         && action == fetch::ACTION
     {

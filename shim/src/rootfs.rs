@@ -1,11 +1,15 @@
 //! The container's root filesystem: mounted as containerd says before `runc create`, unmounted at delete.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use containerd_shim::api::CreateTaskRequest;
 use containerd_shim::{mount, util};
 use containerd_shim_protos::api::Mount;
 use nix::mount::MntFlags;
+
+use crate::idmapped::{self, Lowers, Mappings};
+use crate::reaper::Reaper;
 
 /// Why the root filesystem could not be mounted or unmounted.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +56,7 @@ pub fn directory(bundle: &Path) -> PathBuf {
 
 /// Mounts the request's root filesystem at `bundle/rootfs`; without mounts there is nothing to do. On error nothing
 /// stays mounted.
-pub async fn mount(request: &CreateTaskRequest) -> Result<(), RootfsError> {
+pub async fn mount(request: &CreateTaskRequest, reaper: &Arc<Reaper>) -> Result<(), RootfsError> {
     if request.rootfs.is_empty() {
         return Ok(());
     }
@@ -61,7 +65,7 @@ pub async fn mount(request: &CreateTaskRequest) -> Result<(), RootfsError> {
         .await
         .map_err(|source| RootfsError::Directory { path: directory.clone(), source })?;
     for (index, mount) in request.rootfs.iter().enumerate() {
-        let mounted = mount_one(mount.clone(), target(&directory, mount)).await;
+        let mounted = mount_one(mount.clone(), target(&directory, mount), reaper.clone()).await;
         if let Err(source) = mounted {
             if let Err(error) = unmount(&directory).await {
                 tracing::warn!(%error, "undoing a failed mount");
@@ -85,14 +89,30 @@ fn target(directory: &Path, mount: &Mount) -> PathBuf {
 
 /// containerd-shim changes the *thread's* working directory where overlay's options are longer than a page, so the thread
 /// must not go back to a pool.
-async fn mount_one(mount: Mount, target: PathBuf) -> containerd_shim::Result<()> {
+async fn mount_one(mount: Mount, target: PathBuf, reaper: Arc<Reaper>) -> containerd_shim::Result<()> {
     let (sender, done) = tokio::sync::oneshot::channel();
-    std::thread::spawn(move || {
-        let kind = Some(mount.type_.as_str()).filter(|kind| !kind.is_empty());
-        let device = Some(mount.source.as_str()).filter(|device| !device.is_empty());
-        drop(sender.send(mount::mount_rootfs(kind, device, &mount.options, &target)));
-    });
+    std::thread::spawn(move || drop(sender.send(mount_now(mount, &target, &reaper))));
     done.await.unwrap_or_else(|_| Err(containerd_shim::Error::Other("the mounting thread panicked".into())))
+}
+
+fn mount_now(mut mount: Mount, target: &Path, reaper: &Arc<Reaper>) -> containerd_shim::Result<()> {
+    let failed = |source| containerd_shim::Error::IoError { context: "translating ids".into(), err: source };
+    let mappings = Mappings::take(&mut mount.options).map_err(failed)?;
+    let overlay = mount.type_ == "overlay";
+    let lowers = match &mappings {
+        Some(mappings) if overlay => {
+            Some(Lowers::prepare(&mut mount.options, mappings, reaper).map_err(failed)?)
+        }
+        _ => None,
+    };
+    let kind = Some(mount.type_.as_str()).filter(|kind| !kind.is_empty());
+    let device = Some(mount.source.as_str()).filter(|device| !device.is_empty());
+    mount::mount_rootfs(kind, device, &mount.options, target)?;
+    drop(lowers);
+    match mappings {
+        Some(mappings) if !overlay => idmapped::cover(target, &mappings, reaper).map_err(failed),
+        _ => Ok(()),
+    }
 }
 
 /// Unmounts everything at and below `directory`. Lazily, so that a process that still dies doesn't keep it: the

@@ -18,7 +18,7 @@ use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadTarget, PageExtent};
 
 use crate::entry::{Attributes, Entry, KEPT_FLAGS, Kind, PathName, Timestamp, Tree};
 use crate::huge::SmallPages;
-use crate::id_map::{IdMap, Ids};
+use crate::id_map::{IdMap, Ids, OVERFLOW_ID};
 use crate::mount::Usage;
 use crate::sys::handle::FileHandle;
 use crate::walk::OPEN_DIRECTORIES;
@@ -135,6 +135,13 @@ pub fn check_tree(tree: &Tree, options: &BuildOptions, usage: &Usage) -> Result<
         // Without its xattrs it is cheap to copy.
         let Attributes { mode, uid, gid, mtime, atime, flags, .. } = entry.attributes;
         let mut owner = Attributes { mode, uid, gid, mtime, atime, flags, xattrs: Vec::new() };
+        if index == 0 {
+            // The root's may belong to nobody, which need not be mapped.
+            let ids = &options.ids;
+            for (id, map) in [(&mut owner.uid, &ids.uid), (&mut owner.gid, &ids.gid)] {
+                *id = if *id == OVERFLOW_ID { some_id(map) } else { *id };
+            }
+        }
         to_host(&mut owner, &options.ids).map_err(unmapped)?;
         if !entry.attributes.xattrs.is_empty() {
             to_host(&mut entry.attributes.clone(), &options.ids).map_err(unmapped)?;
@@ -219,7 +226,11 @@ impl Built<'_> {
         let directory = entry.kind == Kind::Directory;
         if !flags && directory {
             let file = handle.open(self.root.as_fd(), OFlags::DIRECTORY)?;
-            let attributes = on_host(&entry.attributes, &self.options.ids);
+            let attributes = if entry.name.is_empty() {
+                root_on_host(&entry.attributes, &self.options.ids, &file)?
+            } else {
+                on_host(&entry.attributes, &self.options.ids)
+            };
             set_open(&file, &attributes)?;
         } else if flags && entry.attributes.flags != 0 {
             let file = handle.open(self.root.as_fd(), OFlags::NONBLOCK)?;
@@ -408,6 +419,27 @@ fn on_host(attributes: &Attributes, ids: &Ids) -> Attributes {
     let mut attributes = attributes.clone();
     to_host(&mut attributes, ids).unwrap_or_else(|id| panic!("id {id} was not checked before building"));
     attributes
+}
+
+/// The same of the root. Where it belongs to nobody and somebody outside has made the new one, too, its owner stays.
+fn root_on_host(attributes: &Attributes, ids: &Ids, root: &File) -> io::Result<Attributes> {
+    let there = rustix::fs::fstat(root)?;
+    let mut inside = attributes.clone();
+    let kept = |id: &mut u32, map: &IdMap, there: u32| {
+        let outside = map.to_container(there).is_none() || map.to_host(*id).is_none();
+        let kept = (*id == OVERFLOW_ID && outside).then_some(there);
+        *id = if kept.is_some() { some_id(map) } else { *id };
+        kept
+    };
+    let uid = kept(&mut inside.uid, &ids.uid, there.st_uid);
+    let gid = kept(&mut inside.gid, &ids.gid, there.st_gid);
+    let outside = on_host(&inside, ids);
+    Ok(Attributes { uid: uid.unwrap_or(outside.uid), gid: gid.unwrap_or(outside.gid), ..outside })
+}
+
+/// Any id that is mapped.
+fn some_id(map: &IdMap) -> u32 {
+    map.0.first().map_or(0, |mapping| mapping.container)
 }
 
 fn to_host(attributes: &mut Attributes, ids: &Ids) -> Result<(), u32> {

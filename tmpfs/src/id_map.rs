@@ -16,6 +16,9 @@ pub struct IdMapping {
     pub size: u32,
 }
 
+/// What an id that a user namespace doesn't map looks like inside (/proc/sys/kernel/overflowuid).
+pub const OVERFLOW_ID: u32 = 65534;
+
 /// The mappings of one kind of id; no mapping at all is the identity.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMap(pub Vec<IdMapping>);

@@ -16,7 +16,7 @@ use stillframe_pgalloc::{AsyncMemoryFileSave, FileRange, PageExtent, SaveError};
 use crate::encode::TreeWriter;
 use crate::entry::{Attributes, Kind, PathName, Xattr};
 use crate::first_names::{FirstNames, Named};
-use crate::id_map::{IdMap, Ids};
+use crate::id_map::{IdMap, Ids, OVERFLOW_ID};
 use crate::private;
 use crate::scan::{Content, Object, scan};
 use crate::stat::Stat;
@@ -250,7 +250,9 @@ impl<'a, W: Write> Saver<'a, W> {
             },
         };
         let mut attributes = Attributes { xattrs, ..stat.attributes() };
-        to_container(&mut attributes, self.ids)
+        // A volume's root was made by somebody outside, whom the container sees as nobody.
+        let unmapped = path.is_empty().then_some(OVERFLOW_ID);
+        to_container(&mut attributes, self.ids, unmapped)
             .map_err(|id| SaveTreeError::Unmapped { path: PathName(path.to_vec()), id })?;
         self.writer.append(path, parent, &kind, &attributes, b"").map_err(SaveTreeError::Tree)
     }
@@ -301,9 +303,10 @@ impl TreeSummary {
     }
 }
 
-/// Translates the ids from the host's to the container's; `Err` is one that isn't mapped.
-fn to_container(attributes: &mut Attributes, ids: &Ids) -> Result<(), u32> {
-    attributes.uid = ids.uid.to_container(attributes.uid).ok_or(attributes.uid)?;
-    attributes.gid = ids.gid.to_container(attributes.gid).ok_or(attributes.gid)?;
+/// Translates the ids from the host's to the container's. An owner that isn't mapped is `unmapped`, if that is given; `Err` is any
+/// other id that isn't mapped.
+fn to_container(attributes: &mut Attributes, ids: &Ids, unmapped: Option<u32>) -> Result<(), u32> {
+    attributes.uid = ids.uid.to_container(attributes.uid).or(unmapped).ok_or(attributes.uid)?;
+    attributes.gid = ids.gid.to_container(attributes.gid).or(unmapped).ok_or(attributes.gid)?;
     attributes.xattrs.iter_mut().try_for_each(|xattr| xattr::translate(xattr, ids, IdMap::to_container))
 }

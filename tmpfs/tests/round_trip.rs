@@ -109,6 +109,33 @@ fn devices_need_the_right_to_make_them_and_whiteouts_do_not() {
     assert_eq!(describe(&new).len(), 1, "nothing but the root");
 }
 
+/// A volume's root is somebody else's, whom the container sees as nobody; so it is in the image, and so it stays elsewhere.
+#[test]
+fn a_root_that_belongs_to_nobody_stays_what_it_is() {
+    let map = |host| IdMap(vec![IdMapping { container: 0, host, size: 1000 }]);
+    let ids = |host| Ids { uid: map(host), gid: map(host) };
+    let old = Tmpfs::new(&["uid=5", "gid=6", "mode=1777"]);
+    let saved = try_save(&old, &ids(100_000)).unwrap();
+    let root = &saved.tree().entries[0].attributes;
+    assert_eq!((root.uid, root.gid), (65534, 65534));
+    let owner = |tmpfs: &Tmpfs| {
+        let there = fs::metadata(tmpfs.path()).unwrap();
+        (there.uid(), there.gid(), there.mode() & 0o7777)
+    };
+    for (options, host, want) in [
+        (["uid=7", "gid=8"], 100_000, (7, 8, 0o1777)),
+        // These mappings have no nobody.
+        (["uid=100000", "gid=8"], 100_000, (100_000, 8, 0o1777)),
+    ] {
+        let new = Tmpfs::new(&options);
+        saved.restore(&new, &BuildOptions { ids: ids(host), devices: false }).unwrap();
+        assert_eq!(owner(&new), want, "{options:?}");
+    }
+    let new = Tmpfs::new(&["uid=7", "gid=8"]);
+    saved.restore(&new, &BuildOptions::default()).unwrap();
+    assert_eq!(owner(&new), (65534, 65534, 0o1777));
+}
+
 #[test]
 fn ids_are_the_containers_and_unmapped_ones_are_named() {
     let map = |host| IdMap(vec![IdMapping { container: 0, host, size: 1000 }]);
@@ -124,7 +151,7 @@ fn ids_are_the_containers_and_unmapped_ones_are_named() {
     assert_eq!((there.uid(), there.gid()), (200_007, 200_008));
 
     let error = try_save(&old, &ids(300_000)).err().unwrap();
-    assert!(error.to_string().contains("id 100000 of the host"), "{error}");
+    assert!(error.to_string().contains("\"/f\" belongs to id 100007 of the host"), "{error}");
     let narrow = Ids { uid: IdMap(vec![IdMapping { container: 0, host: 0, size: 5 }]), gid: map(0) };
     let error = saved.restore(&Tmpfs::new(&[]), &BuildOptions { ids: narrow, devices: false }).unwrap_err();
     assert!(error.to_string().contains("\"/f\" belongs to the container's id 7"), "{error}");
