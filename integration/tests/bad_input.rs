@@ -101,6 +101,32 @@ fn where_the_image_can_not_go() {
     nothing_left(&containerd);
 }
 
+/// containerd's own disk: where the shim writes for it, and where it stores that.
+#[test]
+fn where_containerds_disk_is_full() {
+    let containerd = Containerd::start().unwrap();
+    let (container, before) = filled(&containerd, "c");
+    for full in ["tmp", "root/io.containerd.content.v1.content/ingest"] {
+        let full = containerd.dir().join(full);
+        fs::create_dir_all(&full).unwrap();
+        mount(Some("tmpfs"), &full, Some("tmpfs"), MsFlags::empty(), Some("size=2m")).unwrap();
+        let error = containerd.checkpoint(container.id(), GOOD).unwrap_err();
+        assert!(error.stderr.to_lowercase().contains("no space left"), "{error}");
+        untouched(&container, &before);
+        let left: Vec<_> = fs::read_dir(&full).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let image =
+            left.iter().find(|path| path.join("manifest.json").exists() || path.join("pages.img").exists());
+        assert_eq!(image, None);
+        umount(&full).unwrap();
+    }
+    containerd.checkpoint(container.id(), BAD).unwrap();
+    container.remove().unwrap();
+    let container = Container::restore(&containerd, "r", BAD).unwrap();
+    assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
+    container.remove().unwrap();
+    nothing_left(&containerd);
+}
+
 #[test]
 fn what_can_not_be_saved() {
     let containerd = Containerd::start().unwrap();

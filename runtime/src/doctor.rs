@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::fcntl::AT_FDCWD;
+use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 /// What a check found.
@@ -56,6 +58,8 @@ pub fn examine() -> Vec<(&'static str, Finding)> {
         ),
         ("shim", shim()),
         ("containerd", containerd()),
+        ("containerd config", configuration()),
+        ("fanotify", fanotify()),
         ("io_uring", io_uring()),
         ("disk-backed scratch", disk()),
         ("CRIU", criu()),
@@ -132,6 +136,12 @@ fn version(name: &str, argument: &str) -> Option<String> {
     Some(text.lines().next().unwrap_or_default().trim().to_owned())
 }
 
+/// Whether CRIU finds all that it needs.
+fn works(name: &str) -> bool {
+    let checked = find(name).map(|path| Command::new(path).arg("check").output());
+    matches!(checked, Some(Ok(output)) if output.status.success())
+}
+
 /// Where a program is: in PATH or where a distribution puts what only root runs.
 fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -168,6 +178,56 @@ fn containerd() -> Finding {
     Finding::Good(version + remark)
 }
 
+/// What containerd itself makes of its configuration, imports and defaults included.
+fn configuration() -> Finding {
+    let output = find("containerd").map(|path| Command::new(path).args(["config", "dump"]).output());
+    let text = match output {
+        Some(Ok(output)) if output.status.success() => String::from_utf8_lossy(&output.stdout).into_owned(),
+        _ => {
+            let found = "`containerd config dump` doesn't work here".to_owned();
+            return Finding::Missing { found, lost: "whether pods can use Stillframe can't be said" };
+        }
+    };
+    judge_configuration(&text)
+}
+
+fn judge_configuration(text: &str) -> Finding {
+    let has =
+        |word: &str| text.lines().any(|line| line.contains(word) && !line.trim_start().starts_with('#'));
+    if !has("io.containerd.stillframe.v1") && !has("containerd-shim-stillframe-v1") {
+        return Finding::Missing {
+            found: "no runtime of the CRI plugin is Stillframe".to_owned(),
+            lost: "no pod can use it, only ctr can (examples/kubernetes has the lines)",
+        };
+    }
+    if !has("dev.stillframe") {
+        return Finding::Missing {
+            found: "pod_annotations of the runtime don't allow dev.stillframe.*".to_owned(),
+            lost: "annotations of pods, dev.stillframe.restore-from among them, don't reach it",
+        };
+    }
+    Finding::Good("a runtime of the CRI plugin is Stillframe, and pods' annotations reach it".to_owned())
+}
+
+/// Watches a file of its own, as a checkpoint watches a filesystem, and holds its opening back, as a restore does.
+fn fanotify() -> Finding {
+    let watched = tempfile::NamedTempFile::new().map_err(|error| error.to_string()).and_then(|file| {
+        let group =
+            Fanotify::init(InitFlags::FAN_CLASS_CONTENT | InitFlags::FAN_CLOEXEC, EventFFlags::O_RDONLY);
+        let mark = |group: Fanotify| {
+            group.mark(MarkFlags::FAN_MARK_ADD, MaskFlags::FAN_OPEN_PERM, AT_FDCWD, Some(file.path()))
+        };
+        group.and_then(mark).map_err(|error| error.to_string())
+    });
+    match watched {
+        Ok(()) => Finding::Good("with permission events".to_owned()),
+        Err(error) => Finding::Missing {
+            found: format!("permission events: {error}"),
+            lost: "a restored container waits until all its data is back, and a saved one is frozen until all is read",
+        },
+    }
+}
+
 fn io_uring() -> Finding {
     let disabled =
         fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_else(|_| "0".to_owned());
@@ -192,12 +252,15 @@ fn disk() -> Finding {
 
 fn criu() -> Finding {
     match version("criu", "--version") {
-        Some(version) => {
-            Finding::Good(format!("{version} (only containerd's CRI asks for it, on a checkpoint request)"))
-        }
+        Some(version) if works("criu") => Finding::Good(version),
+        Some(version) => Finding::Missing {
+            found: format!("{version}, but `criu check` fails on this kernel"),
+            lost: "mode full doesn't work; containerd's CRI is content with it",
+        },
         None => Finding::Missing {
             found: "criu isn't in PATH".to_owned(),
-            lost: "containerd 2.x refuses checkpoint requests of the CRI; ctr and `stillframe fscheckpoint` don't need it",
+            lost: "mode full doesn't work, and containerd 2.x refuses checkpoint requests of the CRI; ctr and `stillframe fscheckpoint` \
+                   don't need it",
         },
     }
 }
@@ -210,6 +273,21 @@ mod tests {
     fn every_check_says_something() {
         for (name, finding) in examine() {
             assert!(finding.to_string().len() > 9, "{name}: {finding}");
+        }
+    }
+
+    #[test]
+    fn a_configuration_is_judged_by_what_pods_need() {
+        let runtime = "runtime_type = 'io.containerd.stillframe.v1'";
+        for (text, want) in [
+            (String::new(), "missing  no runtime"),
+            (format!("# {runtime}"), "missing  no runtime"),
+            (runtime.to_owned(), "missing  pod_annotations"),
+            (format!("{runtime}\npod_annotations = ['dev.stillframe.*']"), "ok "),
+            ("runtime_path = '/x/containerd-shim-stillframe-v1'\n  dev.stillframe.*".to_owned(), "ok "),
+        ] {
+            let finding = judge_configuration(&text).to_string();
+            assert!(finding.starts_with(want), "{text}: {finding}");
         }
     }
 

@@ -10,6 +10,7 @@ stillframe_integration::with_every_containerd!(
     volumes_come_back_in_a_new_pod,
     a_volume_on_disk_and_the_hosts_shared_memory_are_left_alone,
     what_cannot_be_restored_fails_with_the_reason,
+    a_pod_that_differs_gets_what_fits,
 );
 
 const RESTORE_FROM: &str = "dev.stillframe.restore-from";
@@ -156,6 +157,65 @@ fn what_cannot_be_restored_fails_with_the_reason(version: &ContainerdVersion) {
     // containerd keeps the record of a sandbox that couldn't be started, as kubelet expects; only what was ours counts.
     let residue = cri.containerd().settled_residue();
     assert!(residue.is_empty(), "left behind:\n{residue}");
+}
+
+/// What a new pod hasn't got, or has in another way, is left out, and the rest comes back: volumes are found by their names,
+/// whichever container is the first to have them, else by where a container of the same name has them.
+fn a_pod_that_differs_gets_what_fits(version: &ContainerdVersion) {
+    let cri = Cri::start(version).unwrap();
+    let spec = cri.pod("old");
+    let old = volume(&cri, &spec, 8 << 20);
+    let pod = spec.run().unwrap();
+    let (web, _) = two(&pod, &old);
+    web.shell(
+        "echo text > /cache/file; chown 7:8 /cache/file; chmod 2775 /cache; echo segment > /dev/shm/segment",
+    );
+    let image = cri.containerd().dir().join("image");
+    save(&cri, &web, &image).unwrap();
+    pod.remove().unwrap();
+    drop(old);
+    let directory = cri.containerd().dir().to_owned();
+    let new =
+        |spec: &PodSpec<'_>, name, size| MemoryVolume::new(&directory, &spec.uid(), name, size).unwrap();
+
+    // Not the volume, and another container.
+    let pod = restored(&cri, &image).run().unwrap();
+    let other = pod.container("other").start().unwrap();
+    assert_eq!(other.shell("cat /dev/shm/segment; ls /cache 2>&1 || true").lines().next(), Some("segment"));
+    pod.remove().unwrap();
+
+    // Another volume, and one of the name that isn't in memory: neither is touched.
+    let spec = restored(&cri, &image);
+    let (another, disk) = (new(&spec, "another", Some(8 << 20)), new(&spec, "cache", None));
+    let pod = spec.run().unwrap();
+    let web =
+        pod.container("web").mount(another.path(), "/another").mount(disk.path(), "/cache").start().unwrap();
+    assert_eq!(web.shell("ls /another /cache; cat /dev/shm/segment"), "/another:\n\n/cache:\nsegment\n");
+    pod.remove().unwrap();
+    drop((another, disk));
+
+    // One of another name, where the container of this name had it.
+    let spec = restored(&cri, &image);
+    let renamed = new(&spec, "renamed", Some(8 << 20));
+    let pod = spec.run().unwrap();
+    let web = pod.container("web").mount(renamed.path(), "/cache").start().unwrap();
+    assert_eq!(web.shell("cat /cache/file"), "text\n");
+    pod.remove().unwrap();
+    drop(renamed);
+
+    // Another owner and mode: the saved ones, as a restored directory has them. Another place, and another container.
+    let spec = restored(&cri, &image);
+    let cache = new(&spec, "cache", Some(16 << 20));
+    std::os::unix::fs::chown(cache.path(), Some(1234), Some(4321)).unwrap();
+    let pod = spec.run().unwrap();
+    let other = pod.container("other").mount(cache.path(), "/elsewhere").start().unwrap();
+    let said =
+        other.shell("stat -c '%u %g %a' /elsewhere /elsewhere/file; df -m /elsewhere | awk 'END {print $2}'");
+    assert_eq!(said, "0 0 2775\n7 8 644\n16\n");
+    pod.remove().unwrap();
+    drop(cache);
+    nothing_left(&cri);
+    cri.stop().unwrap();
 }
 
 fn copied(cri: &Cri, image: &Path) -> PathBuf {
