@@ -22,6 +22,12 @@ pub struct LastCheckpoint {
     pub logical_bytes: u64,
     /// Length of the pages file, in bytes.
     pub pages_bytes: u64,
+    /// How often what had changed was copied while the container ran.
+    pub rounds: u32,
+    /// Bytes that were copied while it ran.
+    pub copied_live_bytes: u64,
+    /// Bytes that were copied while it was frozen.
+    pub copied_frozen_bytes: u64,
     /// How long the container had to be frozen, in milliseconds.
     pub frozen_ms: f64,
     /// From request to commit, in milliseconds.

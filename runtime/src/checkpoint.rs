@@ -11,6 +11,7 @@
 //! consistent, and if the host's filesystem has reflinks, that file is read from a clone when all is thawed. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen filesystem
 //! couldn't be frozen itself.
 
+mod ahead;
 mod durable;
 mod error;
 mod freeze;
@@ -20,7 +21,7 @@ mod phase;
 use std::fs::File;
 use std::io::Write;
 use std::iter;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
@@ -32,6 +33,7 @@ use stillframe_tmpfs::live::coarse_now;
 use stillframe_tmpfs::save::{SaveTreeError, TreeSummary, save_moving_tree, save_private_tree, save_tree};
 use stillframe_tmpfs::{Ids, ResourceId};
 
+pub use crate::checkpoint::ahead::Ahead;
 use crate::checkpoint::durable::make_durable;
 pub use crate::checkpoint::error::{CheckpointCause, CheckpointError};
 use crate::checkpoint::freeze::Freeze;
@@ -131,10 +133,15 @@ pub struct CheckpointResult {
     pub phases: Vec<PhaseTime>,
 }
 
-/// Takes a checkpoint. Blocks until the image is durable.
-pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<CheckpointResult, CheckpointError> {
+/// Takes a checkpoint, with what was copied `ahead` of it, if that is of the same filesystems. Blocks until the image is
+/// durable.
+pub fn checkpoint(
+    state: &Locked,
+    request: &CheckpointRequest,
+    ahead: Option<Ahead>,
+) -> Result<CheckpointResult, CheckpointError> {
     let mut progress = Progress::new(&request.container_id);
-    let taken = take(state, request, &mut progress);
+    let taken = take(state, request, ahead, &mut progress);
     let phase = progress.phase();
     let mut result = taken.map_err(|cause| CheckpointError { phase, cause: Box::new(cause) })?;
     (result.phases, result.total_ms) = progress.finish();
@@ -149,6 +156,7 @@ pub fn checkpoint(state: &Locked, request: &CheckpointRequest) -> Result<Checkpo
 fn take(
     state: &Locked,
     request: &CheckpointRequest,
+    ahead: Option<Ahead>,
     progress: &mut Progress,
 ) -> Result<CheckpointResult, CheckpointCause> {
     let dir = state.dir();
@@ -161,7 +169,11 @@ fn take(
     let selected = select(dir, &container, &request.paths)?;
     let others = others(dir, id, &selected)?;
     let mut image = ImageWriter::create(&request.image_path, &request.processes)?;
-    let pages_file = image.pages_file(request.pages_dir.as_deref())?;
+    let ahead = ahead.filter(|ahead| ahead.fits(request, &selected));
+    let pages_file = match ahead {
+        None => Err(image.pages_file(request.pages_dir.as_deref())?),
+        Some(ahead) => Ok(ahead.hand_over(&mut image)),
+    };
     for directory in iter::once(&request.image_path).chain(&request.pages_dir) {
         not_on_itself(directory, &selected)?;
     }
@@ -173,14 +185,19 @@ fn take(
     let unlinked = count_unlinked(cgroup, &selected);
     let views = open_views(&selected)?;
     let options = SaveOptions { direct: request.direct, ..SaveOptions::default() };
-    let pages =
-        AsyncPagesFileSave::new(pages_file, options).map_err(|source| pages_failed(&image, source))?;
+    let started = |file| AsyncPagesFileSave::new(file, options);
+    let (pages, ahead) = match pages_file {
+        Ok((pages, lives)) => (pages, Some(lives)),
+        Err(file) => (started(file).map_err(|source| pages_failed(&image.pages_path(), source))?, None),
+    };
 
     progress.enter(Phase::Copy);
-    let mut lives = if request.precopy && !cgroup.is_frozen()? {
-        Lives::copy(&selected, &views, &pages, &image)?
-    } else {
-        Lives::none(&selected)
+    let mut lives = match ahead {
+        Some(lives) => lives,
+        None if request.precopy && !cgroup.is_frozen()? => {
+            Lives::copy(&selected, &views, &pages, &image.pages_path())?
+        }
+        None => Lives::none(&selected),
     };
 
     progress.enter(Phase::Freeze);
@@ -280,7 +297,7 @@ fn read(
     output: Output<'_>,
 ) -> Result<Read, CheckpointCause> {
     let Output { image, pages, mut tree } = output;
-    let pages_failed = |source| pages_failed(image, source);
+    let pages_failed = |source| pages_failed(&image.pages_path(), source);
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
     let mut filesystems = Vec::new();
@@ -291,7 +308,7 @@ fn read(
     let at_once = lives.filesystems.iter().all(Option::is_none);
     for ((selected, view), live) in selected.iter().zip(views).zip(&mut lives.filesystems) {
         let record = &selected.record;
-        let failed = |source| save_failed(&record.resource_id, image, source);
+        let failed = |source| save_failed(&record.resource_id, &image.pages_path(), source);
         let ids = record.ids_of(&container.ids);
         let mut offsets = Offsets::PagesFile;
         let saving = match (&record.filestore, live) {
@@ -378,7 +395,7 @@ fn commit(
     beside: &[String],
 ) -> Result<Committed, CheckpointCause> {
     let Read { pages, mut tree, filesystems, private: files } = read;
-    let pages_failed = |source| pages_failed(&image, source);
+    let pages_failed = |source| pages_failed(&image.pages_path(), source);
     lives.verify(selected, &image, thaw)?;
     let (mut private, mut copied_thawed_bytes) = (Vec::new(), 0);
     for (index, file) in (0..).zip(files) {
@@ -402,8 +419,9 @@ fn commit(
             (None, Some(live)) => {
                 let start = tree.position();
                 let written = live.write(&selected.record.ids_of(&container.ids), tree);
-                let written =
-                    written.map_err(|source| save_failed(&selected.record.resource_id, &image, source))?;
+                let written = written.map_err(|source| {
+                    save_failed(&selected.record.resource_id, &image.pages_path(), source)
+                })?;
                 tree = written.0;
                 (start, written.1)
             }
@@ -453,15 +471,15 @@ fn commit(
 }
 
 /// A full disk is found out while some file is being saved, which has nothing to do with it.
-pub(crate) fn save_failed(id: &ResourceId, image: &ImageWriter, source: SaveTreeError) -> CheckpointCause {
+pub(crate) fn save_failed(id: &ResourceId, pages: &Path, source: SaveTreeError) -> CheckpointCause {
     match source {
-        SaveTreeError::Pages { source, .. } if source.is_of_pages_file() => pages_failed(image, source),
+        SaveTreeError::Pages { source, .. } if source.is_of_pages_file() => pages_failed(pages, source),
         source => CheckpointCause::Save { id: id.clone(), source },
     }
 }
 
-pub(crate) fn pages_failed(image: &ImageWriter, source: SaveError) -> CheckpointCause {
-    CheckpointCause::Pages { path: image.pages_path(), source }
+pub(crate) fn pages_failed(pages: &Path, source: SaveError) -> CheckpointCause {
+    CheckpointCause::Pages { path: pages.to_owned(), source }
 }
 
 fn options_text(record: &FilesystemRecord) -> String {

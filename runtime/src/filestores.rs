@@ -135,6 +135,7 @@ mod tests {
             named: false,
             ids: stillframe_tmpfs::Ids::default(),
             pages_dir: None,
+            precopy: false,
             init: None,
             filesystems: Vec::new(),
         };

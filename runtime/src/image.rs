@@ -131,6 +131,14 @@ pub(crate) fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Err
     move |source| ImageError::File { operation, path: path.to_owned(), source }
 }
 
+/// Makes a pages file in a directory of its own, which goes when its path is dropped.
+pub fn pages_apart(directory: &Path) -> Result<(File, TempPath), ImageError> {
+    let directory = std::path::absolute(directory).map_err(at("find", directory))?;
+    fs::create_dir_all(&directory).map_err(at("make the directory for pages", &directory))?;
+    let made = tempfile::Builder::new().prefix("pages-").suffix(".img").tempfile_in(&directory);
+    Ok(made.map_err(at("make a pages file in", &directory))?.into_parts())
+}
+
 /// An image that is being written.
 #[derive(Debug)]
 pub struct ImageWriter {
@@ -166,10 +174,7 @@ impl ImageWriter {
     /// which the manifest has to name.
     pub fn pages_file(&mut self, apart: Option<&Path>) -> Result<File, ImageError> {
         let Some(directory) = apart else { return self.file(PAGES) };
-        let directory = std::path::absolute(directory).map_err(at("find", directory))?;
-        fs::create_dir_all(&directory).map_err(at("make the directory for pages", &directory))?;
-        let made = tempfile::Builder::new().prefix("pages-").suffix(".img").tempfile_in(&directory);
-        let (file, path) = made.map_err(at("make a pages file in", &directory))?.into_parts();
+        let (file, path) = pages_apart(directory)?;
         self.apart = Some(path);
         Ok(file)
     }
@@ -177,6 +182,11 @@ impl ImageWriter {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Takes a pages file that [`pages_apart`] has made for the image's.
+    pub fn adopt_pages(&mut self, path: TempPath) {
+        self.apart = Some(path);
     }
 
     /// Where the pages file is.

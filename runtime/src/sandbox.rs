@@ -14,7 +14,7 @@ use stillframe_tmpfs::filestore::FilestoreError;
 use stillframe_tmpfs::mount::MountError;
 
 pub use crate::checkpoint::{
-    CheckpointCause, CheckpointError, CheckpointRequest, CheckpointResult, Phase, PhaseTime,
+    Ahead, CheckpointCause, CheckpointError, CheckpointRequest, CheckpointResult, Phase, PhaseTime,
 };
 use crate::config::{Config, ConfigError};
 use crate::filestores::Filestores;
@@ -27,7 +27,7 @@ use crate::plan::{PlanError, PlannedMount, plan};
 use crate::process;
 pub use crate::restore::{RestoreError, RestoreResult};
 use crate::restore::{Target, match_filesystems, restore};
-use crate::spec::{IMAGE_DIR_ANNOTATION, RESTORE_FROM_ANNOTATION, Spec, SpecError};
+use crate::spec::{IMAGE_DIR_ANNOTATION, PRECOPY_ANNOTATION, RESTORE_FROM_ANNOTATION, Spec, SpecError};
 pub use crate::state::StateError;
 use crate::state::{ContainerRecord, Locked, STATE_ROOT, StateDir};
 
@@ -71,6 +71,12 @@ pub enum PrepareError {
     /// The directory for pages isn't absolute.
     #[error("annotation {IMAGE_DIR_ANNOTATION} is \"{0}\": give an absolute path")]
     ImageDir(String),
+    /// What the annotation for copying ahead says isn't known, or can't be done.
+    #[error(
+        "annotation {PRECOPY_ANNOTATION} is \"{0}\": give \"on\" or \"off\"; \
+         \"on\" needs {IMAGE_DIR_ANNOTATION} as well, the directory that is copied to"
+    )]
+    Precopy(String),
     /// There is a container of that id.
     #[error("container {0} exists already")]
     Exists(String),
@@ -200,6 +206,11 @@ fn holds_processes_of(manifest: &Manifest, container: &ContainerRecord) -> bool 
     !manifest.processes.is_empty() && manifest.containers.iter().all(theirs)
 }
 
+/// A checkpoint that failed before it had begun.
+fn in_preparation(cause: impl Into<CheckpointCause>) -> CheckpointError {
+    CheckpointError { phase: Phase::Prepare, cause: Box::new(cause.into()) }
+}
+
 /// One sandbox, by its state directory.
 #[derive(Clone, Debug)]
 pub struct Sandbox {
@@ -239,6 +250,10 @@ impl Sandbox {
         if let Some(path) = spec.annotation(IMAGE_DIR_ANNOTATION).filter(|path| !path.starts_with('/')) {
             return Err(PrepareError::ImageDir(path.to_owned()));
         }
+        let precopy = spec.annotation(PRECOPY_ANNOTATION).unwrap_or("off");
+        if !matches!((precopy, spec.annotation(IMAGE_DIR_ANNOTATION)), ("off", _) | ("on", Some(_))) {
+            return Err(PrepareError::Precopy(precopy.to_owned()));
+        }
         // An image is judged before anything is mounted.
         let asked = spec.annotation(RESTORE_FROM_ANNOTATION).map(PathBuf::from);
         let source = match request.restore_from.clone().or(asked) {
@@ -262,6 +277,7 @@ impl Sandbox {
             named: name.is_some(),
             ids: spec.ids().clone(),
             pages_dir: spec.annotation(IMAGE_DIR_ANNOTATION).map(PathBuf::from),
+            precopy: spec.annotation(PRECOPY_ANNOTATION) == Some("on"),
             init: None,
             filesystems: Vec::new(),
         };
@@ -364,27 +380,37 @@ impl Sandbox {
     /// Saves the container's filesystems. Freezes the container if it isn't frozen (paused) yet, and
     /// thaws only what it froze.
     pub fn checkpoint(&self, request: &CheckpointRequest) -> Result<CheckpointResult, CheckpointError> {
-        let failed = |cause| CheckpointError { phase: Phase::Prepare, cause: Box::new(cause) };
-        let unknown = || CheckpointCause::Unknown {
-            id: request.container_id.clone(),
-            sandbox: self.dir.path().to_owned(),
-        };
-        let locked = self.dir.lock().map_err(|error| failed(error.into()))?;
-        let locked = locked.ok_or_else(|| failed(unknown()))?;
-        crate::checkpoint::checkpoint(&locked, request)
+        let locked = self.locked(&request.container_id)?;
+        crate::checkpoint::checkpoint(&locked, request, None)
     }
 
     /// The same, but as the container's annotations ask for: for checkpoints that come through containerd,
-    /// whose archive the pages may be kept out of.
+    /// whose archive the pages may be kept out of. `ahead` is what was copied before the container was paused.
     pub fn checkpoint_as_asked(
         &self,
         mut request: CheckpointRequest,
+        ahead: Option<Ahead>,
     ) -> Result<CheckpointResult, CheckpointError> {
-        let failed =
-            |error: StateError| CheckpointError { phase: Phase::Prepare, cause: Box::new(error.into()) };
-        let container = self.dir.container(&request.container_id).map_err(failed)?;
+        let locked = self.locked(&request.container_id)?;
+        let container = self.dir.container(&request.container_id).map_err(in_preparation)?;
         request.pages_dir = container.and_then(|container| container.pages_dir);
-        self.checkpoint(&request)
+        crate::checkpoint::checkpoint(&locked, &request, ahead)
+    }
+
+    /// Before the container is paused to be saved: copies its filesystems while it runs, if its annotations ask for it.
+    pub fn copy_ahead(&self, container_id: &str) -> Result<Option<Ahead>, CheckpointError> {
+        let asked = self.dir.container(container_id).map_err(in_preparation)?;
+        if !asked.is_some_and(|container| container.precopy) {
+            return Ok(None);
+        }
+        Ahead::copy(&self.locked(container_id)?, container_id)
+    }
+
+    fn locked(&self, container_id: &str) -> Result<Locked, CheckpointError> {
+        let unknown =
+            || CheckpointCause::Unknown { id: container_id.to_owned(), sandbox: self.dir.path().to_owned() };
+        let locked = self.dir.lock().map_err(in_preparation)?;
+        locked.ok_or_else(|| in_preparation(unknown()))
     }
 
     /// After `runc delete`, or when the shim has died: unmounts the container's filesystems and removes

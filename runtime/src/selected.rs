@@ -53,7 +53,9 @@ impl Selected {
         if let Some(clone) = reflink::clone(path) {
             return Ok((frozen, SavedFile::Clone(MemoryFile::private(clone))));
         }
-        let saved = MemoryFile::private(file).save_to(pages).map_err(|source| pages_failed(image, source))?;
+        let saved = MemoryFile::private(file)
+            .save_to(pages)
+            .map_err(|source| pages_failed(&image.pages_path(), source))?;
         Ok((frozen, SavedFile::InPlace(saved)))
     }
 

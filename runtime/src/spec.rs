@@ -19,6 +19,9 @@ pub const NAME_ANNOTATION: &str = "dev.stillframe.container-name";
 pub const RESTORE_FROM_ANNOTATION: &str = "dev.stillframe.restore-from";
 /// Directory in which the pages of a checkpoint taken through containerd are kept, apart from its archive.
 pub const IMAGE_DIR_ANNOTATION: &str = "dev.stillframe.image-dir";
+/// Annotation: `on` has containerd's Pause copy the container's filesystems while it runs, and freeze it then, so that the
+/// Checkpoint that follows has only the rest to do. Needs [`IMAGE_DIR_ANNOTATION`], where it copies to.
+pub const PRECOPY_ANNOTATION: &str = "dev.stillframe.precopy";
 /// What a checkpoint through containerd saves: `filesystem` or `full`.
 pub const MODE_ANNOTATION: &str = "dev.stillframe.checkpoint.mode";
 /// Name of the container in its pod, as containerd's CRI writes it.

@@ -70,6 +70,9 @@ pub struct ContainerRecord {
     /// Where the pages of its checkpoints are to be kept, if not in the image.
     #[serde(default)]
     pub pages_dir: Option<PathBuf>,
+    /// Whether files are copied to there before a pause.
+    #[serde(default)]
+    pub precopy: bool,
     /// Its init process, once runc has created it.
     pub init: Option<InitRecord>,
     /// Names of its filesystems' directories, in the order of the spec.

@@ -30,6 +30,7 @@ use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::oneshot;
 
+use crate::ahead::Copied;
 use crate::driver::Runc;
 use crate::error::TaskError;
 use crate::events::Publisher;
@@ -77,6 +78,8 @@ pub struct Container {
     pub(crate) outlives_init: bool,
     pub(crate) freeze: tokio::sync::Mutex<()>,
     pub(crate) saving: AtomicBool,
+    /// What was copied of its filesystems before it was paused.
+    pub(crate) ahead: Copied,
     pub(crate) mode: Mode,
     /// Until it is started, where its processes come from an image.
     pub(crate) restoring: Mutex<Option<Restoring>>,
@@ -163,6 +166,12 @@ impl Container {
         let _freeze = self.freeze.lock().await;
         // What is frozen already, by a checkpoint that died, runc refuses to pause.
         self.filesystems.recover().await?;
+        self.init.admit(Operation::Pause)?;
+        let ahead = self.filesystems.copy_ahead().await.unwrap_or_else(|error| {
+            // The pause is asked for with or without it, and the checkpoint will say what is wrong.
+            tracing::warn!(container = self.id, %error, "copying before the pause");
+            None
+        });
         self.init.begin(Operation::Pause, State::Pausing)?;
         if let Err(error) = self.runc.pause(&self.id).await {
             self.init.step(State::Pausing, State::Running);
@@ -171,6 +180,9 @@ impl Container {
         if !self.init.step(State::Pausing, State::Paused) {
             // It has died meanwhile.
             self.init.admit(Operation::Pause)?;
+        }
+        if let Some(ahead) = ahead {
+            self.ahead.keep(ahead);
         }
         self.shim.publisher.publish(TaskPaused { container_id: self.id.clone(), ..Default::default() });
         Ok(())
@@ -182,6 +194,8 @@ impl Container {
         self.init.admit(Operation::Resume)?;
         self.runc.resume(&self.id).await?;
         self.init.step(State::Paused, State::Running);
+        // The pause was for something else than a checkpoint, or is over.
+        drop(self.ahead.take());
         self.shim.publisher.publish(TaskResumed { container_id: self.id.clone(), ..Default::default() });
         Ok(())
     }

@@ -18,6 +18,7 @@ use runc::options::CreateOpts;
 use stillframe_runtime::config::Config;
 use tokio::sync::oneshot;
 
+use crate::ahead::Copied;
 use crate::bundle::Spec;
 use crate::container::{Container, Shim};
 use crate::driver::Runc;
@@ -194,6 +195,7 @@ impl Making<'_> {
             outlives_init: self.spec.outlives_init(),
             freeze: tokio::sync::Mutex::default(),
             saving: AtomicBool::new(false),
+            ahead: Copied::default(),
             mode: self.mode,
             restoring: Mutex::new(restoring),
             oom: Mutex::new(oom),

@@ -55,7 +55,10 @@ impl Container {
     /// Saves what the container's mode says to `path`. What fails leaves nothing there.
     pub(crate) async fn save(&self, path: &Path, options: &CheckpointOptions) -> Result<(), TaskError> {
         if self.mode.mode == CheckpointMode::Filesystem {
-            return self.filesystems.checkpoint(path.to_owned(), options.exit, Vec::new()).await;
+            return self
+                .filesystems
+                .checkpoint(path.to_owned(), options.exit, Vec::new(), self.ahead.take())
+                .await;
         }
         // Paused by containerd, as a rule.
         let running = self.init.state() == State::Running;
@@ -75,11 +78,17 @@ impl Container {
         std::fs::create_dir_all(path).map_err(failed)?;
         if std::fs::read_dir(path).map_err(failed)?.next().is_some() {
             // It is refused, with the name of what is in the way.
-            return self.filesystems.checkpoint(path.to_owned(), options.exit, Vec::new()).await;
+            return self
+                .filesystems
+                .checkpoint(path.to_owned(), options.exit, Vec::new(), self.ahead.take())
+                .await;
         }
         let work = self.work(&options.work_path);
         let saved = match self.runc.checkpoint(&self.id, path, &work, options, &self.mode).await {
-            Ok(()) => self.filesystems.checkpoint(path.to_owned(), options.exit, process_files(path)).await,
+            Ok(()) => {
+                let ahead = self.ahead.take();
+                self.filesystems.checkpoint(path.to_owned(), options.exit, process_files(path), ahead).await
+            }
             Err(error) => Err(error.into()),
         };
         if saved.is_err() {

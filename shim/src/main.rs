@@ -12,6 +12,7 @@
 //! The only async crate of the workspace: what blocks (`sandbox`) is given a thread. Knows ttrpc and containerd; must never know
 //! how a filesystem is saved.
 
+mod ahead;
 mod bootstrap;
 mod bundle;
 mod cleanup;

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::path::PathBuf;
 
 use stillframe_runtime::image_source::ImageSource;
-use stillframe_runtime::sandbox::{CheckpointRequest, PrepareRequest, Sandbox};
+use stillframe_runtime::sandbox::{Ahead, CheckpointRequest, PrepareRequest, Sandbox};
 
 use crate::error::TaskError;
 
@@ -66,13 +66,21 @@ impl Filesystems {
         image_path: PathBuf,
         kill: bool,
         processes: Vec<String>,
+        ahead: Option<Ahead>,
     ) -> Result<(), TaskError> {
         let container_id = self.container_id.clone();
         let request =
             CheckpointRequest { kill, processes, ..CheckpointRequest::new(container_id, image_path) };
-        let result = self.call("checkpointing", move |sandbox| sandbox.checkpoint_as_asked(request)).await?;
+        let result =
+            self.call("checkpointing", move |sandbox| sandbox.checkpoint_as_asked(request, ahead)).await?;
         tracing::info!(container = self.container_id, ?result, "checkpointed");
         Ok(())
+    }
+
+    /// Before a pause: copies the container's filesystems while it runs, if it is asked for by its annotations.
+    pub async fn copy_ahead(&self) -> Result<Option<Ahead>, TaskError> {
+        let id = self.container_id.clone();
+        self.call("copying ahead", move |sandbox| sandbox.copy_ahead(&id)).await
     }
 
     /// Thaws what a checkpoint of the `stillframe` command has left frozen that died.

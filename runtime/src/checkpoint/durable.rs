@@ -28,7 +28,7 @@ pub(crate) fn make_durable(
         let tree = tree.map_err(CheckpointCause::Thread)?;
         let meta = thread("sync-meta").spawn_scoped(scope, move || image.write(image::META, &meta));
         let meta = meta.map_err(CheckpointCause::Thread)?;
-        let pages = pages.finish().map_err(|source| pages_failed(image, source))?;
+        let pages = pages.finish().map_err(|source| pages_failed(&image.pages_path(), source))?;
         let tree = tree.join().expect("writing a part doesn't panic");
         let tree = tree.map_err(|source| image.failed("write", image::TREE, source))?;
         meta.join().expect("writing a file doesn't panic")?;

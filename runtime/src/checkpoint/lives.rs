@@ -5,13 +5,15 @@
 //! and the freeze is as long as it would be without.
 //!
 //! **Rounds.** Each reads what changed during the one before, so that they get shorter while less changes than is read. They
-//! end when a round isn't at most half of the last one, or few objects are left ([`FEW`]).
+//! end when a round isn't at most half of the last one, or few objects are left ([`FEW`]), or what was written is twice the
+//! first copy.
 //!
 //! **Waste.** What was copied and then changed lies in the pages file, and nothing refers to it. Beyond a [`WASTE`]th of the
 //! file, pages from its end are moved there, when the containers run again. Pages of filesystems on disk must stay in their
 //! order, so what is before them stays, too.
 
 use std::fs::File;
+use std::path::Path;
 
 use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, SaveError, SettledPagesFile};
 use stillframe_tmpfs::entry::Timestamp;
@@ -49,11 +51,11 @@ impl Lives {
         selected: &[Selected],
         views: &[File],
         pages: &AsyncPagesFileSave,
-        image: &ImageWriter,
+        pages_path: &Path,
     ) -> Result<Self, CheckpointCause> {
         let memory_file = MemoryFile::main();
         let memory = pages.register_memory_file(&memory_file);
-        let memory = memory.map_err(|source| pages_failed(image, source))?;
+        let memory = memory.map_err(|source| pages_failed(pages_path, source))?;
         let mut lives = Self::none(selected);
         for ((selected, view), live) in selected.iter().zip(views).zip(&mut lives.filesystems) {
             if selected.record.filestore.is_some() {
@@ -66,7 +68,8 @@ impl Lives {
                 }
             }
         }
-        let failed = |selected: &Selected, source| save_failed(&selected.record.resource_id, image, source);
+        let failed =
+            |selected: &Selected, source| save_failed(&selected.record.resource_id, pages_path, source);
         for (selected, live) in selected.iter().zip(&mut lives.filesystems) {
             if let Some(begun) = live
                 && !begun.copy(&memory).map_err(|source| failed(selected, source))?
@@ -78,6 +81,7 @@ impl Lives {
         if lives.filesystems.iter().any(Option::is_some) {
             lives.rounds = 1;
         }
+        let first: u64 = lives.filesystems.iter().flatten().map(Live::written).sum();
         let mut last = usize::MAX;
         while lives.rounds > 0 && lives.rounds <= ROUNDS {
             let mut changed = 0;
@@ -88,7 +92,8 @@ impl Lives {
             }
             tracing::debug!(changed, rounds = lives.rounds, "copied what had changed");
             lives.rounds += u32::from(changed > 0);
-            if changed <= FEW || changed > last / 2 {
+            let written: u64 = lives.filesystems.iter().flatten().map(Live::written).sum();
+            if changed <= FEW || changed > last / 2 || written > 2 * first {
                 break;
             }
             last = changed;
@@ -106,8 +111,9 @@ impl Lives {
     ) -> Result<(), CheckpointCause> {
         for (selected, live) in selected.iter().zip(&mut self.filesystems) {
             if let Some(live) = live {
-                live.verify(thaw)
-                    .map_err(|source| save_failed(&selected.record.resource_id, image, source))?;
+                live.verify(thaw).map_err(|source| {
+                    save_failed(&selected.record.resource_id, &image.pages_path(), source)
+                })?;
             }
         }
         Ok(())

@@ -7,7 +7,7 @@
 //! Without a copy ahead of the freeze *copy* takes no time. Where the containers are to die, *thaw* comes after *commit*.
 
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -90,6 +90,11 @@ impl Progress {
         self.since = now;
     }
 
+    /// Whether it took so long already.
+    pub(crate) fn is_late(&self, limit: Duration) -> bool {
+        self.begun.elapsed() >= limit
+    }
+
     /// How long each phase took, in their order, and all of them, in milliseconds.
     pub(crate) fn finish(mut self) -> (Vec<PhaseTime>, f64) {
         self.leave();
@@ -97,6 +102,6 @@ impl Progress {
     }
 }
 
-pub(crate) fn milliseconds(duration: std::time::Duration) -> f64 {
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
