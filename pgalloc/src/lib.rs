@@ -19,7 +19,10 @@ mod sys;
 mod zero;
 
 pub use digest::{CHUNK_SIZE, DigestError, DigestTable, digest_chunks};
-pub use load::{AsyncPagesFileLoad, LoadError, LoadOptions, LoadSummary, LoadTarget, OnLoaded};
+pub use load::{
+    AsyncPagesFileLoad, LoadError, LoadOptions, LoadSummary, LoadTarget, OnClosed, OnFailed, OnLoaded,
+    can_install,
+};
 pub use memory_file::MemoryFile;
 pub use meta::{MetaError, PagesMeta, PrivateMemoryFileMeta};
 pub use page::{ExtentError, FileRange, MAX_FILE_SIZE, PAGE_SIZE, PageExtent, PagesOffset, validate_extents};

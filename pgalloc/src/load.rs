@@ -15,8 +15,8 @@
 //! may grow to is bounded by the filesystem that takes it.
 //!
 //! **Failure.** The first failure is final: what is queued is dropped, with its `on_loaded`s, and each later call and
-//! `finish` return it. A file is complete if and only if its `on_loaded` has run. Dropped without `finish`, a load
-//! ends its threads and drops what is queued.
+//! `finish` return it; but for a file with an `on_failed`, which gets its own, and the load goes on. A file is complete
+//! if and only if its `on_loaded` has run. Dropped without `finish`, a load ends its threads and drops what is queued.
 //!
 //! Mirrors gVisor's `AsyncPagesFileLoad` (pkg/sentry/pgalloc).
 
@@ -37,19 +37,32 @@ pub use error::LoadError;
 
 use crate::digest::DigestTable;
 use crate::page::{MAX_FILE_SIZE, PageExtent, PagesOffset, validate_extents};
+use crate::sys::install::Installer;
 use loader::{Loader, Shared};
-use queue::{BATCH, Part, Queue, Target};
+use queue::{BATCH, Callbacks, Part, Queue, Target};
 
 /// How the pages file is loaded.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct LoadOptions {
     /// Loader threads; at least one is started.
     pub threads: usize,
+    /// Called before so many bytes of the pages file are read, with their offset and number: somebody else may read them
+    /// into the page cache.
+    pub before_read: Option<BeforeRead>,
 }
+
+/// See [`LoadOptions::before_read`].
+pub type BeforeRead = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { threads: 2 }
+        Self { threads: 2, before_read: None }
+    }
+}
+
+impl fmt::Debug for LoadOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoadOptions").field("threads", &self.threads).finish_non_exhaustive()
     }
 }
 
@@ -65,15 +78,36 @@ pub struct LoadSummary {
 /// What to do when a file is loaded.
 pub type OnLoaded = Box<dyn FnOnce(&File) -> io::Result<()> + Send>;
 
+/// What to do when a file can't be loaded.
+pub type OnFailed = Box<dyn FnOnce(LoadError) + Send>;
+
+/// What to do when the load has let go of a file.
+pub type OnClosed = Box<dyn FnOnce() + Send>;
+
 /// A file to load.
 pub struct LoadTarget {
     /// The file, open for writing, without contents.
     pub file: Arc<File>,
     /// Its contents, as `write_range` returned them.
     pub extents: Vec<PageExtent>,
+    /// Whether it gets its pages without being written to: its times stay as they are, and its pages are of the usual size. Only
+    /// on tmpfs, and only if [`can_install`].
+    pub quiet: bool,
     /// Runs on a loader thread once the last byte has been written; dropped without being run when loading fails.
     /// Must not enqueue files: it would wait for itself.
     pub on_loaded: Option<OnLoaded>,
+    /// Runs instead when the file can't be loaded, also because `on_loaded` failed. The other files are loaded
+    /// nevertheless.
+    pub on_failed: Option<OnFailed>,
+    /// Runs after these, or when the file was dropped from the queue, as soon as the load holds no descriptor of it.
+    pub on_closed: Option<OnClosed>,
+}
+
+impl LoadTarget {
+    /// A file of which nothing more is to be done.
+    pub fn new(file: Arc<File>, extents: Vec<PageExtent>) -> Self {
+        Self { file, extents, quiet: false, on_loaded: None, on_failed: None, on_closed: None }
+    }
 }
 
 impl fmt::Debug for LoadTarget {
@@ -83,6 +117,11 @@ impl fmt::Debug for LoadTarget {
             .field("extents", &self.extents)
             .finish_non_exhaustive()
     }
+}
+
+/// Whether the kernel can give a file pages without writing to it ([`LoadTarget::quiet`]).
+pub fn can_install() -> bool {
+    Installer::new().is_ok()
 }
 
 /// The load of one pages file: owns the file and its loader threads. See the module for bounds, trust, failure.
@@ -104,10 +143,21 @@ impl AsyncPagesFileLoad {
         if expected != actual {
             return Err(LoadError::Length { expected, actual });
         }
-        // Twice the read-ahead. Only advice: where it isn't taken, loading is slower.
-        let _ = posix_fadvise(&pages_file, 0, 0, PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL);
+        // Twice the read-ahead; none where somebody else reads ahead. Only advice: where it isn't taken, loading is slower.
+        let advice = match options.before_read {
+            None => PosixFadviseAdvice::POSIX_FADV_SEQUENTIAL,
+            Some(_) => PosixFadviseAdvice::POSIX_FADV_RANDOM,
+        };
+        let _ = posix_fadvise(&pages_file, 0, 0, advice);
         let (bytes, files) = (AtomicU64::new(0), AtomicU64::new(0));
-        let shared = Arc::new(Shared { pages_file, digests, queue: Queue::default(), bytes, files });
+        let shared = Arc::new(Shared {
+            pages_file,
+            digests,
+            before_read: options.before_read,
+            queue: Queue::default(),
+            bytes,
+            files,
+        });
         let mut load = Self { shared, threads: Vec::new() };
         for _ in 0..options.threads.max(1) {
             let loader = Loader::new(load.shared.clone())?;
@@ -167,9 +217,10 @@ impl AsyncPagesFileLoad {
             let size = extents.last().and_then(PageExtent::file_end).unwrap_or(MAX_FILE_SIZE);
             validate_extents(extents, size, self.pages_length())?;
         }
-        for LoadTarget { file, extents, on_loaded } in targets {
+        for LoadTarget { file, extents, quiet, on_loaded, on_failed, on_closed } in targets {
             let count: usize = extents.iter().map(|extent| parts(*extent).count()).sum();
-            let target = Target::new(file, count.max(1), on_loaded);
+            let target =
+                Target::new(file, quiet, count.max(1), Callbacks { on_loaded, on_failed, on_closed });
             if count == 0 {
                 self.shared.queue.push(Part { target, extent: None }, urgent)?;
                 continue;

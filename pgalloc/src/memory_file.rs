@@ -68,6 +68,6 @@ impl MemoryFile {
             .and_then(|()| file.set_len(size))
             .map_err(|source| LoadError::Resize { size, source: Arc::new(source) })?;
         let extents = meta.extents.clone();
-        pages.load_ranges_into(vec![LoadTarget { file: file.clone(), extents, on_loaded: None }])
+        pages.load_ranges_into(vec![LoadTarget::new(file.clone(), extents)])
     }
 }

@@ -38,7 +38,7 @@ fn save(source: &Arc<File>, length: u64) -> (File, PagesFileSummary, Vec<PageExt
 }
 
 fn target(extents: Vec<PageExtent>) -> LoadTarget {
-    LoadTarget { file: Arc::new(tempfile::tempfile_in(MEMORY).unwrap()), extents, on_loaded: None }
+    LoadTarget::new(Arc::new(tempfile::tempfile_in(MEMORY).unwrap()), extents)
 }
 
 fn load(pages: &File, digests: &DigestTable, targets: Vec<LoadTarget>) -> Result<(), LoadError> {
@@ -175,12 +175,61 @@ fn extents_outside_the_pages_file_are_refused_before_anything_is_loaded() {
 }
 
 #[test]
+fn a_file_with_a_callback_for_it_fails_alone() {
+    let length = 5 << 20;
+    let (pages, summary, extents) = save(&data_file(length), length as u64);
+    // The second of the two parts that the file is cut into.
+    pages.write_all_at(&[0], (4 << 20) + 7).unwrap();
+    let good = PageExtent { length: CHUNK_SIZE, ..extents[0] };
+    let (events, seen) = std::sync::mpsc::channel();
+    let target = |name: &'static str, extents: Vec<PageExtent>, fails: bool| {
+        let file = Arc::new(tempfile::tempfile_in(MEMORY).unwrap());
+        let weak = Arc::downgrade(&file);
+        let (loaded, failed, closed) = (events.clone(), events.clone(), events.clone());
+        LoadTarget {
+            on_loaded: Some(Box::new(move |_| {
+                loaded.send(format!("{name} loaded")).unwrap();
+                if fails { Err(io::ErrorKind::Other.into()) } else { Ok(()) }
+            })),
+            on_failed: Some(Box::new(move |error| failed.send(format!("{name} failed: {error}")).unwrap())),
+            on_closed: Some(Box::new(move || {
+                closed.send(format!("{name} closed, held {}", weak.strong_count())).unwrap();
+            })),
+            ..LoadTarget::new(file, extents)
+        }
+    };
+    let load =
+        AsyncPagesFileLoad::new(pages, summary.digests, LoadOptions { threads: 1, ..LoadOptions::default() })
+            .unwrap();
+    let targets = vec![
+        target("damaged", extents, false),
+        target("unfinished", vec![good], true),
+        target("good", vec![good], false),
+    ];
+    load.load_ranges_into(targets).unwrap();
+    assert_eq!(load.finish().unwrap().files, 1);
+    drop(events);
+    let seen: Vec<String> = seen.iter().collect();
+    let offset = format!("{:#x}", 4 << 20);
+    assert!(seen[0].starts_with("damaged failed: ") && seen[0].contains(&offset), "{seen:?}");
+    let rest = [
+        "damaged closed, held 0",
+        "unfinished loaded",
+        "unfinished failed: can't finish a loaded file",
+        "unfinished closed, held 0",
+        "good loaded",
+        "good closed, held 0",
+    ];
+    assert_eq!(seen[1..], rest);
+}
+
+#[test]
 fn a_full_filesystem_ends_a_load_with_an_error() {
     let test = "a_full_filesystem_ends_a_load_with_an_error";
     let (pages, summary, extents) = save(&data_file(8 << 20), 8 << 20);
     let Some(small) = Mounted::tmpfs(test, "size=3m") else { return };
     let file = Arc::new(File::create(small.path().join("file")).unwrap());
-    let target = LoadTarget { file, extents, on_loaded: None };
+    let target = LoadTarget::new(file, extents);
     let error = load(&pages, &summary.digests, vec![target]).unwrap_err();
     assert!(
         matches!(&error, LoadError::Write { source, .. } if source.raw_os_error() == Some(libc::ENOSPC)),
@@ -318,7 +367,9 @@ fn what_is_urgent_is_loaded_next() {
     let (pages, summary, extents) = save(&data_file(8 << 20), 8 << 20);
     let order = Arc::new(Mutex::new(Vec::new()));
     let (release, released) = mpsc::channel::<()>();
-    let load = AsyncPagesFileLoad::new(pages, summary.digests, LoadOptions { threads: 1 }).unwrap();
+    let load =
+        AsyncPagesFileLoad::new(pages, summary.digests, LoadOptions { threads: 1, ..LoadOptions::default() })
+            .unwrap();
     let named = |name: &'static str| {
         let mut target = target(extents.clone());
         let order = order.clone();

@@ -338,7 +338,7 @@ fn what_is_scattered_is_loaded() {
         save(DISK, SaveOptions::default(), |main| main.write_range(&source.file, source.range()).unwrap());
     let load = AsyncPagesFileLoad::new(pages, summary.digests, LoadOptions::default()).unwrap();
     let file = Arc::new(tempfile::tempfile_in(MEMORY).unwrap());
-    load.load_ranges_into(vec![LoadTarget { file: file.clone(), extents, on_loaded: None }]).unwrap();
+    load.load_ranges_into(vec![LoadTarget::new(file.clone(), extents)]).unwrap();
     load.finish().unwrap();
     file.set_len(source.size).unwrap();
     for &page in source.pages.keys() {

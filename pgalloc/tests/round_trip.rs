@@ -103,8 +103,10 @@ impl Saved {
                     loaded.fetch_add(1, Ordering::SeqCst);
                     file.set_len(size)
                 });
-                let target =
-                    LoadTarget { file: file.clone(), extents: extents.clone(), on_loaded: Some(on_loaded) };
+                let target = LoadTarget {
+                    on_loaded: Some(on_loaded),
+                    ..LoadTarget::new(file.clone(), extents.clone())
+                };
                 (file, target)
             })
             .unzip();
@@ -339,7 +341,11 @@ fn on_loaded_runs_once_after_the_last_byte_of_its_file() {
             Ok(())
         });
         let (file, extents) = (file_in(MEMORY), saved.files[0].1.clone());
-        load.load_ranges_into(vec![LoadTarget { file, extents, on_loaded: Some(on_loaded) }]).unwrap();
+        load.load_ranges_into(vec![LoadTarget {
+            on_loaded: Some(on_loaded),
+            ..LoadTarget::new(file, extents)
+        }])
+        .unwrap();
     }
     load.finish().unwrap();
     assert_eq!(count.load(Ordering::SeqCst), 4);

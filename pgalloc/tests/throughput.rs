@@ -67,9 +67,10 @@ fn load((pages, summary, extents): &Saved, threads: usize) -> Duration {
     let files = extents.iter().map(|_| Arc::new(tempfile::tempfile_in(MEMORY).unwrap())).collect::<Vec<_>>();
     let start = Instant::now();
     let (pages, digests) = (pages.try_clone().unwrap(), summary.digests.clone());
-    let load = AsyncPagesFileLoad::new(pages, digests, LoadOptions { threads }).unwrap();
+    let load =
+        AsyncPagesFileLoad::new(pages, digests, LoadOptions { threads, ..LoadOptions::default() }).unwrap();
     for (file, extents) in files.iter().zip(extents) {
-        let target = LoadTarget { file: file.clone(), extents: extents.clone(), on_loaded: None };
+        let target = LoadTarget::new(file.clone(), extents.clone());
         load.load_ranges_into(vec![target]).unwrap();
     }
     let loaded = load.finish().unwrap();

@@ -4,7 +4,9 @@
 //! whole chunks, up to [`WINDOW`] bytes, verified before anything of it is written anywhere; the last one is kept, so
 //! the small files of a chunk are read and verified once.
 
+use std::collections::VecDeque;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,9 +14,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memmap2::MmapMut;
 
 use crate::digest::{CHUNK_SIZE, DigestError, DigestTable};
+use crate::load::BeforeRead;
 use crate::load::error::LoadError;
-use crate::load::queue::{Part, Queue};
+use crate::load::queue::{Part, Queue, Target};
 use crate::page::{PageExtent, PagesOffset};
+use crate::sys::install::Installer;
 
 /// Most bytes that are read at once: whole chunks.
 const WINDOW: u64 = 1 << 20;
@@ -23,6 +27,7 @@ const WINDOW: u64 = 1 << 20;
 pub(crate) struct Shared {
     pub(crate) pages_file: File,
     pub(crate) digests: DigestTable,
+    pub(crate) before_read: Option<BeforeRead>,
     pub(crate) queue: Queue,
     pub(crate) bytes: AtomicU64,
     pub(crate) files: AtomicU64,
@@ -32,6 +37,8 @@ pub(crate) struct Shared {
 pub(crate) struct Loader {
     shared: Arc<Shared>,
     buffer: MmapMut,
+    /// Made for the first file that is not to be written to.
+    installer: Option<Installer>,
     /// Where in the pages file the verified bytes in the buffer are, and how many.
     window: (u64, usize),
 }
@@ -41,39 +48,56 @@ impl Loader {
         let length = WINDOW as usize;
         let buffer = MmapMut::map_anon(length)
             .map_err(|source| LoadError::Buffer { length, source: Arc::new(source) })?;
-        Ok(Self { shared, buffer, window: (0, 0) })
+        Ok(Self { shared, buffer, installer: None, window: (0, 0) })
     }
 
     /// Loads until there is no more, or something failed.
     pub(crate) fn run(mut self) {
         let guard = StopOnPanic(self.shared.clone());
         while let Some(parts) = self.shared.queue.take() {
-            if let Err(error) = self.load(&parts) {
+            if let Err(error) = self.load(parts.into()) {
                 self.shared.queue.stop(Some(error));
             }
         }
         drop(guard);
     }
 
-    fn load(&mut self, parts: &[Part]) -> Result<(), LoadError> {
-        for (index, part) in parts.iter().enumerate() {
-            if let Some(extent) = part.extent
-                && !self.load_extent(&part.target.file, extent, &parts[index + 1..])?
-            {
-                return Ok(());
+    /// Lets go of each part when it is done: who waits for a file needn't wait for the rest of its batch.
+    fn load(&mut self, mut parts: VecDeque<Part>) -> Result<(), LoadError> {
+        while let Some(part) = parts.pop_front() {
+            match self.load_part(&part, &parts) {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // It isn't counted as done: the file won't be complete.
+                Err(error) => part.target.fail(error)?,
             }
-            let (last, on_loaded) = part.target.part_done();
-            if let Some(on_loaded) = on_loaded {
-                on_loaded(&part.target.file)
-                    .map_err(|source| LoadError::OnLoaded { source: Arc::new(source) })?;
-            }
-            self.shared.files.fetch_add(last.into(), Ordering::Relaxed);
         }
         Ok(())
     }
 
+    /// Loads a part; false if the load was stopped before all of it was there.
+    fn load_part(&mut self, part: &Part, next: &VecDeque<Part>) -> Result<bool, LoadError> {
+        if let Some(extent) = part.extent.filter(|_| !part.target.has_failed())
+            && !self.load_extent(&part.target, extent, next)?
+        {
+            return Ok(false);
+        }
+        let (last, on_loaded) = part.target.part_done();
+        if let Some(on_loaded) = on_loaded {
+            on_loaded(&part.target.file)
+                .map_err(|source| LoadError::OnLoaded { source: Arc::new(source) })?;
+        }
+        self.shared.files.fetch_add(last.into(), Ordering::Relaxed);
+        Ok(true)
+    }
+
     /// Loads an extent; false if the load was stopped before all of it was there.
-    fn load_extent(&mut self, file: &File, extent: PageExtent, next: &[Part]) -> Result<bool, LoadError> {
+    fn load_extent(
+        &mut self,
+        target: &Target,
+        extent: PageExtent,
+        next: &VecDeque<Part>,
+    ) -> Result<bool, LoadError> {
         let PageExtent { mut file_offset, length, pages_offset: PagesOffset(mut offset) } = extent;
         let end = offset + length;
         while offset < end {
@@ -85,7 +109,12 @@ impl Loader {
             }
             let (start, length) = self.window;
             let bytes = &self.buffer[(offset - start) as usize..length.min((end - start) as usize)];
-            file.write_all_at(bytes, file_offset).map_err(|source| LoadError::Write {
+            let written = if target.quiet {
+                installer(&mut self.installer).and_then(|to| to.install(&target.file, file_offset, bytes))
+            } else {
+                target.file.write_all_at(bytes, file_offset)
+            };
+            written.map_err(|source| LoadError::Write {
                 offset: file_offset,
                 pages_offset: PagesOffset(offset),
                 source: Arc::new(source),
@@ -109,6 +138,9 @@ impl Loader {
             wanted.next_multiple_of(CHUNK_SIZE).min(start + WINDOW).min(self.shared.digests.pages_length());
         // Not valid while it is read: an error must leave nothing unverified behind.
         self.window = (0, 0);
+        if let Some(before_read) = &self.shared.before_read {
+            before_read(start, end - start);
+        }
         let bytes = &mut self.buffer[..(end - start) as usize];
         self.shared
             .pages_file
@@ -126,8 +158,15 @@ impl Loader {
     }
 }
 
+fn installer(made: &mut Option<Installer>) -> io::Result<&Installer> {
+    match made {
+        Some(installer) => Ok(installer),
+        None => Ok(made.insert(Installer::new()?)),
+    }
+}
+
 /// How far to read: to `end`, and on to what follows it in the same or the next chunk.
-fn wanted(end: u64, next: &[Part]) -> u64 {
+fn wanted(end: u64, next: &VecDeque<Part>) -> u64 {
     let mut wanted = end;
     for extent in next.iter().filter_map(|part| part.extent) {
         let start = extent.pages_offset.0;

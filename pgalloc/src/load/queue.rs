@@ -9,12 +9,12 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use crate::buffer::{lock, wait};
-use crate::load::OnLoaded;
 use crate::load::error::LoadError;
+use crate::load::{OnClosed, OnFailed, OnLoaded};
 use crate::page::PageExtent;
 
 /// Most batches that wait.
@@ -22,24 +22,78 @@ pub(crate) const BATCHES: usize = 32;
 /// Most bytes and most parts in a batch.
 pub(crate) const BATCH: (u64, usize) = (4 << 20, 128);
 
+/// What is to be done with a file; each at most once.
+#[derive(Default)]
+pub(crate) struct Callbacks {
+    pub(crate) on_loaded: Option<OnLoaded>,
+    pub(crate) on_failed: Option<OnFailed>,
+    pub(crate) on_closed: Option<OnClosed>,
+}
+
 /// A file that is being loaded.
 pub(crate) struct Target {
     pub(crate) file: Arc<File>,
+    /// Whether it is not to be written to.
+    pub(crate) quiet: bool,
     /// Parts not yet written.
     parts: AtomicUsize,
+    /// Set with the first part that fails: the others aren't loaded.
+    failed: AtomicBool,
     on_loaded: Mutex<Option<OnLoaded>>,
+    on_failed: Mutex<Option<OnFailed>>,
+    /// Dropped last, so after the file.
+    _on_closed: RunOnDrop,
+}
+
+struct RunOnDrop(Mutex<Option<OnClosed>>);
+
+impl Drop for RunOnDrop {
+    fn drop(&mut self) {
+        if let Some(on_closed) = lock(&self.0).take() {
+            on_closed();
+        }
+    }
 }
 
 impl Target {
-    pub(crate) fn new(file: Arc<File>, parts: usize, on_loaded: Option<OnLoaded>) -> Arc<Self> {
-        Arc::new(Self { file, parts: AtomicUsize::new(parts), on_loaded: Mutex::new(on_loaded) })
+    pub(crate) fn new(file: Arc<File>, quiet: bool, parts: usize, callbacks: Callbacks) -> Arc<Self> {
+        Arc::new(Self {
+            file,
+            quiet,
+            parts: AtomicUsize::new(parts),
+            failed: AtomicBool::new(false),
+            on_loaded: Mutex::new(callbacks.on_loaded),
+            on_failed: Mutex::new(callbacks.on_failed),
+            _on_closed: RunOnDrop(Mutex::new(callbacks.on_closed)),
+        })
     }
 
-    /// Counts a part as written. If it was the last, returns true and what is to be done now.
+    /// Counts a part as done. If it was the last of a file that hasn't failed, returns true and what is to be done now.
     pub(crate) fn part_done(&self) -> (bool, Option<OnLoaded>) {
         // Release and acquire: who does the rest sees the writes of all parts.
-        let last = self.parts.fetch_sub(1, Ordering::AcqRel) == 1;
+        let last = self.parts.fetch_sub(1, Ordering::AcqRel) == 1 && !self.has_failed();
         (last, if last { lock(&self.on_loaded).take() } else { None })
+    }
+
+    /// Whether a part of it couldn't be loaded.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// Takes note that it can't be loaded; gives the error back if that is the load's own.
+    pub(crate) fn fail(&self, error: LoadError) -> Result<(), LoadError> {
+        let on_failed = {
+            let mut on_failed = lock(&self.on_failed);
+            if on_failed.is_none() && !self.has_failed() {
+                return Err(error);
+            }
+            self.failed.store(true, Ordering::Release);
+            on_failed.take()
+        };
+        if let Some(on_failed) = on_failed {
+            on_failed(error);
+        }
+        Ok(())
     }
 }
 
@@ -180,7 +234,7 @@ mod tests {
         let file = Arc::new(tempfile::tempfile().unwrap());
         let extent =
             (length > 0).then_some(PageExtent { file_offset: 0, length, pages_offset: PagesOffset(0) });
-        Part { target: Target::new(file, 1, None), extent }
+        Part { target: Target::new(file, false, 1, Callbacks::default()), extent }
     }
 
     #[test]
