@@ -4,6 +4,8 @@
 //! but unmounting it. Parents are found by our own descriptors and file handles, never by a path, so
 //! nothing in an image can lead elsewhere.
 //!
+//! Contents come at once ([`build_tree`]) or are left for later ([`build_names`], [`crate::lazy`]).
+//!
 //! Order: objects are made parents first; a file's pages, xattrs and times are set in that order by
 //! the loader (writing drops `security.capability` and changes times); directories get their times last
 //! of all, and inode flags after that, since an immutable inode takes nothing more.
@@ -18,7 +20,9 @@ use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadTarget, PageExtent};
 
 use crate::entry::{Attributes, Entry, KEPT_FLAGS, Kind, PathName, Timestamp, Tree};
 use crate::huge::SmallPages;
+pub use crate::huge::takes_huge_pages;
 use crate::id_map::{IdMap, Ids, OVERFLOW_ID};
+use crate::lazy::PendingFile;
 use crate::mount::Usage;
 use crate::sys::handle::FileHandle;
 use crate::walk::OPEN_DIRECTORIES;
@@ -162,21 +166,19 @@ pub fn build_tree<'a>(
     let failed =
         |source| BuildError::Object { operation: "ask for the pages of", path: tree.path(0), source };
     let small_pages = SmallPages::if_needed(root, tree).map_err(failed)?;
-    let mut builder = Builder {
-        root,
-        tree,
-        options,
-        loader,
-        handles: Handles::default(),
-        open: Vec::new(),
-        batch: Vec::new(),
-        batch_bytes: 0,
-    };
-    for index in 0..tree.entries.len() {
-        builder.make(index)?;
-    }
-    builder.flush(tree.entries.len().saturating_sub(1))?;
+    let mut builder = Builder::new(root, tree, options, Some(loader));
+    builder.build()?;
     Ok(Built { root, tree, options, handles: builder.handles, _small_pages: small_pages })
+}
+
+/// Builds `tree` like [`build_tree`], with all attributes, but leaves the contents of its files out: those that have some
+/// are returned in the order of the tree, sparse.
+pub fn build_names(root: &File, tree: &Tree, options: &BuildOptions) -> Result<Vec<PendingFile>, BuildError> {
+    let mut builder = Builder::new(root, tree, options, None);
+    builder.build()?;
+    let pending = std::mem::take(&mut builder.pending);
+    Built { root, tree, options, handles: builder.handles, _small_pages: None }.finish()?;
+    Ok(pending)
 }
 
 /// A built tree whose directories still lack their final times.
@@ -247,15 +249,43 @@ struct Builder<'a> {
     root: &'a File,
     tree: &'a Tree,
     options: &'a BuildOptions,
-    loader: &'a AsyncPagesFileLoad,
+    /// None: contents are left for later.
+    loader: Option<&'a AsyncPagesFileLoad>,
     handles: Handles,
     /// Directories that are open, innermost last.
     open: Vec<(usize, File)>,
     batch: Vec<LoadTarget>,
     batch_bytes: u64,
+    pending: Vec<PendingFile>,
 }
 
-impl Builder<'_> {
+impl<'a> Builder<'a> {
+    fn new(
+        root: &'a File,
+        tree: &'a Tree,
+        options: &'a BuildOptions,
+        loader: Option<&'a AsyncPagesFileLoad>,
+    ) -> Self {
+        Self {
+            root,
+            tree,
+            options,
+            loader,
+            handles: Handles::default(),
+            open: Vec::new(),
+            batch: Vec::new(),
+            batch_bytes: 0,
+            pending: Vec::new(),
+        }
+    }
+
+    fn build(&mut self) -> Result<(), BuildError> {
+        for index in 0..self.tree.entries.len() {
+            self.make(index)?;
+        }
+        self.flush(self.tree.entries.len().saturating_sub(1))
+    }
+
     fn make(&mut self, index: usize) -> Result<(), BuildError> {
         let entry = &self.tree.entries[index];
         self.make_entry(index, entry).map_err(|source| BuildError::Object {
@@ -272,11 +302,9 @@ impl Builder<'_> {
     fn flush(&mut self, last: usize) -> Result<(), BuildError> {
         self.batch_bytes = 0;
         let batch = std::mem::take(&mut self.batch);
-        if batch.is_empty() {
-            return Ok(());
-        }
+        let Some(loader) = self.loader.filter(|_| !batch.is_empty()) else { return Ok(()) };
         let path = || self.tree.path(last);
-        self.loader.load_ranges_into(batch).map_err(|source| BuildError::Load { path: path(), source })
+        loader.load_ranges_into(batch).map_err(|source| BuildError::Load { path: path(), source })
     }
 
     fn make_entry(&mut self, index: usize, entry: &Entry) -> io::Result<()> {
@@ -307,8 +335,14 @@ impl Builder<'_> {
                 // Writing the end sets the size too. Where a larger page might be allocated the size comes first:
                 // with huge=within_size it decides about that (`shmem_huge_global_enabled`).
                 let written = extents.last().and_then(PageExtent::file_end).unwrap_or(0);
-                if *size != written || *size >= SMALLEST_LARGE_FOLIO {
+                let later = self.loader.is_none() && !extents.is_empty();
+                if *size != written || *size >= SMALLEST_LARGE_FOLIO || later {
                     rustix::fs::ftruncate(&file, *size)?;
+                }
+                if later {
+                    // Its flags come with its contents.
+                    self.pending.push(PendingFile::new(&file, entry.parent, *size, extents, &attributes)?);
+                    return set_open(&file, &attributes);
                 }
                 if attributes.flags != 0 {
                     self.handles.push(index, &file)?;
@@ -318,9 +352,8 @@ impl Builder<'_> {
                 }
                 self.batch_bytes += extents.iter().map(|extent| extent.length).sum::<u64>();
                 self.batch.push(LoadTarget {
-                    file: Arc::new(file),
-                    extents: extents.clone(),
                     on_loaded: Some(Box::new(move |file| set_open(file, &attributes))),
+                    ..LoadTarget::new(Arc::new(file), extents.clone())
                 });
                 return Ok(());
             }

@@ -14,6 +14,7 @@ pub mod filestore;
 mod first_names;
 mod huge;
 pub mod id_map;
+pub mod lazy;
 pub mod live;
 mod member_name;
 pub mod mount;

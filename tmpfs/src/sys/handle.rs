@@ -8,11 +8,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
+use serde::{Deserialize, Serialize};
+
 /// Longest handle that is kept. tmpfs needs 12 bytes (inode number and generation).
 const MAX_BYTES: usize = 32;
 
 /// Names an inode of a filesystem; meaningful with any descriptor on the same superblock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[repr(C)]
 pub(crate) struct FileHandle {
     bytes: u32,
@@ -57,8 +59,12 @@ impl FileHandle {
     /// Opens the inode; `on` is any descriptor (not O_PATH) on the mount to open it through.
     pub(crate) fn open(&self, on: BorrowedFd<'_>, flags: rustix::fs::OFlags) -> io::Result<File> {
         let mut handle = *self;
+        // It may have been read from a file.
+        if handle.bytes as usize > MAX_BYTES {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         let flags = (flags | rustix::fs::OFlags::CLOEXEC).bits() as c_int;
-        // SAFETY: as in `of`: a handle that the kernel filled, with its length in `bytes`.
+        // SAFETY: as in `of`; `bytes` promises at most the MAX_BYTES that follow, and what they mean the kernel judges.
         let fd = unsafe {
             libc::open_by_handle_at(on.as_raw_fd(), (&raw mut handle).cast::<libc::file_handle>(), flags)
         };
