@@ -194,7 +194,9 @@ impl Containerd {
     pub fn shims(&self) -> Vec<residue::Process> {
         let mut all = descendants(self.watchdog);
         all.retain(|process| {
+            // Those that load restored files are the same program.
             process.exe.file_name().is_some_and(|name| name.to_string_lossy().starts_with("containerd-shim-"))
+                && process.command.split_whitespace().nth(1) != Some("load")
         });
         all
     }

@@ -13,7 +13,9 @@ const BAD: &str = "stillframe.test/checkpoint:bad";
 const FILES: [&str; 4] = ["manifest.json", "tree.tar", "pages.meta", "pages.img"];
 
 fn filled<'a>(containerd: &'a Containerd, name: &str) -> (Container<'a>, Listing) {
-    let container = containerd.container(name).tmpfs("/scratch", "size=64m").start().unwrap();
+    // Damage to large files would else show behind the start only.
+    let container = containerd.container(name).tmpfs("/scratch", "size=64m");
+    let container = container.annotation("dev.stillframe.restore.load", "eager").start().unwrap();
     let line =
         "head -c 8000000 /dev/urandom > /scratch/data; mkdir /scratch/d; echo small > /scratch/d/small";
     container.shell(line).unwrap();

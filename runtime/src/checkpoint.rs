@@ -42,6 +42,7 @@ pub use crate::checkpoint::phase::{Phase, PhaseTime};
 use crate::checkpoint::phase::{Progress, milliseconds};
 use crate::freezer::Cgroup;
 use crate::image::{self, ImageWriter, PartWriter};
+use crate::lazy;
 use crate::manifest::{Manifest, Offsets, PrivateFormat, SavedContainer, SavedFilesystem};
 use crate::process;
 use crate::processes;
@@ -200,6 +201,7 @@ fn take(
         None => Lives::none(&selected),
     };
 
+    lazy::leave_cgroups(dir);
     progress.enter(Phase::Freeze);
     let cgroups: Vec<&Cgroup> = iter::once(cgroup).chain(&others).collect();
     let filesystems = on_disk().map(|selected| selected.name.clone()).collect();

@@ -2,6 +2,7 @@
 //! causes; the exit status is 1.
 
 mod export;
+mod load;
 
 use std::error::Error;
 use std::fmt::Write as _;
@@ -38,6 +39,17 @@ enum Command {
     Doctor,
     /// Verify an image and show what is in it.
     Inspect(Inspect),
+    /// Show how far the loading of a restored container's files has come.
+    Status(load::Status),
+    /// Wait until something has happened to a container.
+    Wait(load::Wait),
+    /// What the runtime starts to load restored files; not for people.
+    #[command(name = crate::lazy::ARGUMENT, hide = true)]
+    Load {
+        /// The filesystem's state directory, and which of the two processes it is.
+        #[arg(num_args = 1..)]
+        arguments: Vec<std::ffi::OsString>,
+    },
     /// Write a filesystem of an image as a tar archive, which `tar --xattrs --xattrs-include='*' --acls -xpf` restores.
     Export(export::Export),
 }
@@ -112,6 +124,9 @@ pub fn main() -> ExitCode {
         Command::Fscheckpoint(arguments) => fscheckpoint(&arguments),
         Command::Doctor => doctor(),
         Command::Inspect(arguments) => inspect(&arguments),
+        Command::Status(arguments) => load::status(&arguments),
+        Command::Wait(arguments) => load::wait(&arguments),
+        Command::Load { arguments } => return crate::lazy::run(arguments.into_iter()),
         Command::Export(arguments) => export::run(&arguments).map(|()| String::new()),
     };
     match done {

@@ -136,6 +136,7 @@ mod tests {
             ids: stillframe_tmpfs::Ids::default(),
             pages_dir: None,
             precopy: false,
+            load_all: false,
             init: None,
             filesystems: Vec::new(),
         };

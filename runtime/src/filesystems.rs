@@ -94,7 +94,8 @@ impl Maker<'_> {
         let aliases = if id == alias { Vec::new() } else { vec![alias] };
         let named = self.record.named;
         let ids = if planned.translated { Ids::default() } else { self.record.ids.clone() };
-        self.targets.push(Target { name, id, aliases, named, mountpoint, fresh, disk, ids });
+        let alone = self.is_alone(&name)?;
+        self.targets.push(Target { name, id, aliases, named, mountpoint, fresh, alone, disk, ids });
         self.of_mounts.push(self.targets.len() - 1);
         Ok(&self.targets[self.targets.len() - 1])
     }
@@ -105,6 +106,27 @@ impl Maker<'_> {
     fn is_unused(&self, name: &str, id: &ResourceId, mountpoint: &Path) -> Result<bool, PrepareError> {
         let restored = self.locked.dir().filesystem(name)?.is_some_and(|record| record.restored);
         Ok(!restored && holds_only_directories(id, mountpoint)?)
+    }
+
+    /// Removes what is on volumes that the image has, so that they can be restored again, where no other container has them.
+    pub(crate) fn roll_back(&mut self, pairs: &[(usize, usize)]) -> Result<(), PrepareError> {
+        for (_, number) in pairs {
+            let Target { name, id, mountpoint, fresh: false, alone: true, disk: None, .. } =
+                &self.targets[*number]
+            else {
+                continue;
+            };
+            self.locked.end_load(name)?;
+            clear(id, mountpoint);
+            self.targets[*number].fresh = holds_only_directories(id, mountpoint)?;
+        }
+        Ok(())
+    }
+
+    /// Whether no other container has the filesystem.
+    fn is_alone(&self, name: &str) -> Result<bool, PrepareError> {
+        let record = self.locked.dir().filesystem(name)?;
+        Ok(record.is_some_and(|record| record.users.iter().all(|user| user.container == self.record.id)))
     }
 
     /// Records one more mount of a filesystem that is there.
@@ -283,7 +305,7 @@ fn clear(id: &ResourceId, mountpoint: &Path) {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 directories.push(path);
             } else if let Err(error) = fs::remove_file(&path) {
-                tracing::error!(%id, path = %path.display(), %error, "what was restored by half can't be removed");
+                tracing::error!(%id, path = %path.display(), %error, "what was restored can't be removed");
             }
         }
     }
@@ -292,6 +314,11 @@ fn clear(id: &ResourceId, mountpoint: &Path) {
 fn remove(locked: &Locked, name: &str, record: Option<&FilesystemRecord>) -> Result<(), RemoveError> {
     let mountpoint = locked.dir().mountpoint(name);
     let filestore = record.and_then(|record| record.filestore.as_deref());
+    let complete = locked.end_load(name)?;
+    if !complete && let Some(record) = record.filter(|record| record.existing.is_some()) {
+        // It outlives us, and nobody would load the rest.
+        clear(&record.resource_id, &mountpoint);
+    }
     // A frozen filesystem would outlive its last mount. One that isn't mounted can't be thawed.
     if filestore.is_some()
         && let Err(error) = filestore::thaw(&mountpoint)

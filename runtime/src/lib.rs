@@ -14,6 +14,7 @@ pub mod freezer;
 pub mod hints;
 pub mod image;
 pub mod image_source;
+pub mod lazy;
 pub mod manifest;
 mod oci_runtime;
 pub mod plan;

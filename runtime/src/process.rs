@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use rustix::process::{Pid, PidfdFlags, Signal};
 
@@ -18,6 +19,11 @@ pub fn describe(pid: i32) -> Result<InitRecord, FreezeError> {
     Ok(InitRecord { pid, start_time, cgroup: Cgroup::of_process(pid)? })
 }
 
+/// The running process `pid` for a record, without its cgroup.
+pub fn identify(pid: i32) -> io::Result<InitRecord> {
+    Ok(InitRecord { pid, start_time: start_time(pid)?, cgroup: None })
+}
+
 /// Whether the recorded process still is; a zombie isn't.
 pub fn is_alive(init: &InitRecord) -> bool {
     start_time(init.pid).is_ok_and(|start_time| start_time == init.start_time)
@@ -26,19 +32,34 @@ pub fn is_alive(init: &InitRecord) -> bool {
 /// Kills the recorded process (SIGKILL); one that is gone is fine. A pidfd is opened before the start
 /// time is compared, so no other process can be hit.
 pub fn kill(init: &InitRecord) -> io::Result<()> {
-    let pid = Pid::from_raw(init.pid).filter(|_| init.pid > 0);
-    let pid = pid.ok_or(io::ErrorKind::InvalidData)?;
-    let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-        Err(rustix::io::Errno::SRCH) => return Ok(()),
-        other => other?,
-    };
-    if !is_alive(init) {
-        return Ok(());
-    }
-    match rustix::process::pidfd_send_signal(&pidfd, Signal::KILL) {
+    open(init)?.map_or(Ok(()), |pidfd| kill_open(&pidfd))
+}
+
+/// The same, and waits until it is gone, or a zombie.
+pub fn kill_and_wait(init: &InitRecord) -> io::Result<()> {
+    let Some(pidfd) = open(init)? else { return Ok(()) };
+    kill_open(&pidfd)?;
+    let mut fds = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+    rustix::io::retry_on_intr(|| rustix::event::poll(&mut fds, None))?;
+    Ok(())
+}
+
+fn kill_open(pidfd: &OwnedFd) -> io::Result<()> {
+    match rustix::process::pidfd_send_signal(pidfd, Signal::KILL) {
         Err(rustix::io::Errno::SRCH) => Ok(()),
         other => Ok(other?),
     }
+}
+
+/// A pidfd of the recorded process, readable once that has ended; `None` if it is gone.
+pub fn open(init: &InitRecord) -> io::Result<Option<OwnedFd>> {
+    let pid = Pid::from_raw(init.pid).filter(|_| init.pid > 0);
+    let pid = pid.ok_or(io::ErrorKind::InvalidData)?;
+    let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        Err(rustix::io::Errno::SRCH) => return Ok(None),
+        other => other?,
+    };
+    Ok(is_alive(init).then_some(pidfd))
 }
 
 /// Start time of a process that isn't a zombie, in clock ticks since boot.

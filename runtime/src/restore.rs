@@ -9,21 +9,27 @@
 //! its filesystems are matched by path alone. Whatever isn't matched is reported, on either side, and so is
 //! what was there before: a pod's filesystem is restored for the first container that has it.
 //!
+//! Contents may come later, by processes of their own ([`crate::lazy`]), where no other container has the filesystem.
+//!
 //! What was saved on disk and goes to disk is loaded as a whole; everything else goes through its tree, on
 //! whatever medium it was.
 
 use std::path::{Path, PathBuf};
 
 use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadOptions, MemoryFile, PrivateMemoryFileMeta};
-use stillframe_tmpfs::build::{BuildError, BuildOptions, build_tree, check_tree};
+use stillframe_tmpfs::build::{
+    BuildError, BuildOptions, build_names, build_tree, check_tree, takes_huge_pages,
+};
 use stillframe_tmpfs::entry::Tree;
 use stillframe_tmpfs::filestore::{self, FilestoreError, Root};
+use stillframe_tmpfs::lazy::PendingFile;
 use stillframe_tmpfs::mount::{DefaultMode, MountError, TmpfsMount, open_root, open_view, unmount, usage};
 use stillframe_tmpfs::options::TmpfsOptions;
 use stillframe_tmpfs::private::{self, PrivateError};
 use stillframe_tmpfs::{Ids, ResourceId};
 
 use crate::image::{Image, ImageError};
+use crate::lazy::{self, LazyError, Load};
 use crate::manifest::{Manifest, Offsets, PrivateFormat};
 
 /// Why an image couldn't be restored.
@@ -70,6 +76,15 @@ pub enum RestoreError {
         #[source]
         source: Box<FilestoreError>,
     },
+    /// Loading behind the start couldn't begin.
+    #[error("load the contents of {id}")]
+    Behind {
+        /// Its ResourceID.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: LazyError,
+    },
     /// The pages couldn't be loaded.
     #[error("load {path}")]
     Load {
@@ -96,6 +111,10 @@ pub struct RestoreResult {
     pub bytes: u64,
     /// Names of every kind that were made.
     pub entries: u64,
+    /// Files whose contents are loaded later.
+    pub behind_files: u64,
+    /// Bytes of those.
+    pub behind_bytes: u64,
 }
 
 /// A filesystem of the container that is being made.
@@ -113,6 +132,8 @@ pub struct Target {
     pub mountpoint: PathBuf,
     /// Whether it was made just now, so that nobody has it yet.
     pub fresh: bool,
+    /// Whether no other container has it.
+    pub alone: bool,
     /// What it takes to replace it as a whole, if it is on disk.
     pub disk: Option<DiskTarget>,
     /// The mappings between the ids on it and the container's.
@@ -173,6 +194,8 @@ pub fn match_filesystems(manifest: &Manifest, targets: &[Target]) -> Vec<(usize,
 enum Way {
     /// By building the tree, whose extents are in the pages file.
     Build,
+    /// The same, but its contents are loaded by a process of their own.
+    Names,
     /// By loading the filestore that it was on, which then gets `size` bytes.
     Whole { private: PrivateMemoryFileMeta, size: u64 },
 }
@@ -191,14 +214,24 @@ pub fn restore(
     targets: &[Target],
     pairs: &[(usize, usize)],
     devices: bool,
+    load: &Load,
 ) -> Result<RestoreResult, RestoreError> {
     let mut result = report(&image.manifest, targets, pairs);
     let mut jobs = Vec::new();
     for (index, target) in pairs.iter().filter(|(_, target)| targets[*target].fresh) {
         let target = &targets[*target];
-        jobs.push(prepare(&image, *index, target, BuildOptions { ids: target.ids.clone(), devices })?);
+        let options = BuildOptions { ids: target.ids.clone(), devices };
+        jobs.push(prepare(&image, *index, target, options, load)?);
     }
     let (image_path, pages_path) = (image.path().to_owned(), image.pages_path().to_owned());
+    for Job { tree, target, options, .. } in jobs.iter().filter(|job| matches!(job.way, Way::Names)) {
+        let Load::Apart { program, .. } = load else { unreachable!("decided by `prepare`") };
+        let pending = behind(&image, tree, target, options, program)?;
+        result.entries += tree.inodes();
+        result.behind_files += pending.0;
+        result.behind_bytes += pending.1;
+    }
+    jobs.retain(|job| !matches!(job.way, Way::Names));
     let load_failed = |source| RestoreError::Load { path: pages_path.clone(), source };
     let loader = AsyncPagesFileLoad::new(image.pages, image.meta.digests, LoadOptions::default())
         .map_err(load_failed)?;
@@ -207,7 +240,7 @@ pub fn restore(
         // An open root would hold a filesystem that is about to be replaced.
         let root = match way {
             Way::Build => Some(open_root(&target.mountpoint)),
-            Way::Whole { .. } => None,
+            Way::Whole { .. } | Way::Names => None,
         };
         let root = root.transpose();
         roots.push(root.map_err(|source| RestoreError::Open { id: target.id.clone(), source })?);
@@ -220,7 +253,7 @@ pub fn restore(
                 .map(|tree| built.push((tree, *target)))
                 .map_err(|source| RestoreError::Build { id: target.id.clone(), source }),
             (Way::Whole { private, .. }, _) => replace(target, private, &loader, load_failed),
-            (Way::Build, None) => unreachable!("its root was opened above"),
+            (Way::Build | Way::Names, _) => unreachable!("its root was opened above, or it is done"),
         };
         if let Err(error) = begun {
             failed = Some(error);
@@ -251,11 +284,14 @@ fn prepare<'a>(
     index: usize,
     target: &'a Target,
     options: BuildOptions,
+    load: &Load,
 ) -> Result<Job<'a>, RestoreError> {
     let mut tree = image.decode_tree(index)?;
     let open_failed = |source| RestoreError::Open { id: target.id.clone(), source };
     let mut usage = usage(&target.mountpoint).map_err(open_failed)?;
-    let mut way = Way::Build;
+    // On disk it is quick; and who has it already would see what isn't complete.
+    let behind = matches!(load, Load::Apart { .. }) && target.disk.is_none() && target.alone;
+    let mut way = if behind { Way::Names } else { Way::Build };
     let saved = &image.manifest.filesystems[index];
     if let (Some(private), Offsets::PrivateFile { format, ids, .. }) =
         (image.private_file(index), &saved.offsets)
@@ -278,6 +314,28 @@ fn prepare<'a>(
     check_tree(&tree, &options, &usage)
         .map_err(|source| RestoreError::Build { id: target.id.clone(), source })?;
     Ok(Job { tree, target, options, way })
+}
+
+/// Builds names and attributes, and has the contents loaded by processes of their own; gives their files and bytes.
+fn behind(
+    image: &Image,
+    tree: &Tree,
+    target: &Target,
+    options: &BuildOptions,
+    program: &Path,
+) -> Result<(u64, u64), RestoreError> {
+    let id = || target.id.clone();
+    let root = open_root(&target.mountpoint).map_err(|source| RestoreError::Open { id: id(), source })?;
+    let pending =
+        build_names(&root, tree, options).map_err(|source| RestoreError::Build { id: id(), source })?;
+    let sum = (pending.len() as u64, pending.iter().map(PendingFile::bytes).sum());
+    if !pending.is_empty() {
+        let directory = target.mountpoint.parent().expect("it is in the filesystem's directory");
+        let huge = takes_huge_pages(&root, tree);
+        lazy::start(program, directory, pending, huge, (&image.pages, image.pages_path()), &image.meta)
+            .map_err(|source| RestoreError::Behind { id: id(), source })?;
+    }
+    Ok(sum)
 }
 
 /// The size of a fresh filestore, if it can become the saved one: not if that is larger, nor if the number of inodes
@@ -352,6 +410,8 @@ fn report(manifest: &Manifest, targets: &[Target], pairs: &[(usize, usize)]) -> 
         empty: empty.map(|(_, target)| target.id.clone()).collect(),
         bytes: 0,
         entries: 0,
+        behind_files: 0,
+        behind_bytes: 0,
     }
 }
 
@@ -397,6 +457,7 @@ mod tests {
             named,
             mountpoint: PathBuf::new(),
             fresh: true,
+            alone: true,
             disk: None,
             ids: Ids::default(),
         };

@@ -22,14 +22,19 @@ use crate::filesystems::{self, Maker};
 use crate::freezer::FreezeError;
 use crate::image::Image;
 use crate::image_source::{ImageSource, ImageSourceError};
+use crate::lazy;
+pub use crate::lazy::{LazyError, Load, LoadPhase, LoadStatus};
 use crate::manifest::{Manifest, SavedContainer};
 use crate::plan::{PlanError, PlannedMount, plan};
 use crate::process;
 pub use crate::restore::{RestoreError, RestoreResult};
 use crate::restore::{Target, match_filesystems, restore};
-use crate::spec::{IMAGE_DIR_ANNOTATION, PRECOPY_ANNOTATION, RESTORE_FROM_ANNOTATION, Spec, SpecError};
+use crate::spec::{
+    IMAGE_DIR_ANNOTATION, LOAD_ANNOTATION, ON_RESTART_ANNOTATION, OnRestart, PRECOPY_ANNOTATION,
+    RESTORE_FROM_ANNOTATION, Spec, SpecError,
+};
 pub use crate::state::StateError;
-use crate::state::{ContainerRecord, Locked, STATE_ROOT, StateDir};
+use crate::state::{ContainerRecord, InitRecord, Locked, STATE_ROOT, StateDir};
 
 /// What `prepare` is asked to do.
 #[derive(Clone, Debug)]
@@ -45,6 +50,8 @@ pub struct PrepareRequest {
     /// Image directory to restore the container's filesystems from. It isn't needed any more when
     /// `prepare` returns.
     pub restore_from: Option<PathBuf>,
+    /// When its contents are loaded.
+    pub load: Load,
 }
 
 /// What `prepare` did.
@@ -77,6 +84,15 @@ pub enum PrepareError {
          \"on\" needs {IMAGE_DIR_ANNOTATION} as well, the directory that is copied to"
     )]
     Precopy(String),
+    /// When to load isn't said right.
+    #[error("annotation {LOAD_ANNOTATION} is \"{0}\": give eager or lazy")]
+    Load(String),
+    /// What a container gets that is made again isn't said right.
+    #[error("annotation {ON_RESTART_ANNOTATION} is \"{0}\": give keep, image or empty")]
+    OnRestart(String),
+    /// What loads a volume that is to be restored again couldn't be ended.
+    #[error(transparent)]
+    EndLoad(#[from] LazyError),
     /// There is a container of that id.
     #[error("container {0} exists already")]
     Exists(String),
@@ -176,6 +192,9 @@ pub enum InitError {
     /// The container wasn't prepared.
     #[error("container {0} was not prepared")]
     Unknown(String),
+    /// Restored files couldn't be loaded.
+    #[error("load the restored files")]
+    Load(#[source] LazyError),
     /// The process or its cgroup couldn't be looked at.
     #[error("look at the container's init process {pid}")]
     Process {
@@ -187,6 +206,20 @@ pub enum InitError {
     },
 }
 
+/// Why it can't be said what of a container is loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadStatusError {
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// What loads.
+    #[error(transparent)]
+    Load(#[from] LazyError),
+    /// The container wasn't prepared.
+    #[error("container {0} was not prepared")]
+    Unknown(String),
+}
+
 /// Why a container's filesystems couldn't be removed.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoveError {
@@ -196,6 +229,17 @@ pub enum RemoveError {
     /// A filesystem couldn't be unmounted.
     #[error(transparent)]
     Unmount(#[from] MountError),
+    /// What loads its files couldn't be ended.
+    #[error(transparent)]
+    Load(#[from] LazyError),
+}
+
+/// Has a filesystem's files loaded in the container's memory cgroup, if some are to be loaded and nobody has done so yet.
+fn join(directory: &Path, init: &InitRecord, all: bool) -> Result<(), LazyError> {
+    match lazy::status(directory)? {
+        Some(status) if status.phase == LoadPhase::Held => lazy::join(directory, init, all),
+        _ => Ok(()),
+    }
 }
 
 /// Whether the image has processes, and they are this container's: in a pod several may be given the same image.
@@ -254,6 +298,12 @@ impl Sandbox {
         if !matches!((precopy, spec.annotation(IMAGE_DIR_ANNOTATION)), ("off", _) | ("on", Some(_))) {
             return Err(PrepareError::Precopy(precopy.to_owned()));
         }
+        if let Some(load) = spec.annotation(LOAD_ANNOTATION).filter(|load| !["eager", "lazy"].contains(load))
+        {
+            return Err(PrepareError::Load(load.to_owned()));
+        }
+        let on_restart = OnRestart::parse(spec.annotation(ON_RESTART_ANNOTATION));
+        let on_restart = on_restart.map_err(PrepareError::OnRestart)?;
         // An image is judged before anything is mounted.
         let asked = spec.annotation(RESTORE_FROM_ANNOTATION).map(PathBuf::from);
         let source = match request.restore_from.clone().or(asked) {
@@ -278,13 +328,18 @@ impl Sandbox {
             ids: spec.ids().clone(),
             pages_dir: spec.annotation(IMAGE_DIR_ANNOTATION).map(PathBuf::from),
             precopy: spec.annotation(PRECOPY_ANNOTATION) == Some("on"),
+            load_all: matches!(request.load, Load::Apart { eager: true, .. })
+                || spec.annotation(LOAD_ANNOTATION) == Some("eager"),
             init: None,
             filesystems: Vec::new(),
         };
+        let restarted = image.is_some() && self.dir.was_restored(&record.name)?;
+        let image = image.filter(|_| !(restarted && on_restart == OnRestart::Empty));
+        let roll_back = restarted && on_restart == OnRestart::Image;
         // First of all, so that `remove` finds whatever a crash leaves.
         locked.put_container(&record)?;
         let processes = image.as_ref().is_some_and(|image| holds_processes_of(&image.manifest, &record));
-        let prepared = self.fill(&locked, request, &mut spec, &plan, image, &mut record);
+        let prepared = self.fill(&locked, request, &mut spec, &plan, (image, roll_back), &mut record);
         if prepared.is_err()
             && let Err(error) = self.remove_locked(&locked, id)
         {
@@ -303,7 +358,7 @@ impl Sandbox {
         request: &PrepareRequest,
         spec: &mut Spec,
         plan: &[PlannedMount],
-        image: Option<Image>,
+        (image, roll_back): (Option<Image>, bool),
         record: &mut ContainerRecord,
     ) -> Result<(Prepared, bool), PrepareError> {
         let original = spec.clone();
@@ -326,6 +381,9 @@ impl Sandbox {
         }
         let pairs = image.as_ref().map(|image| match_filesystems(&image.manifest, &maker.targets));
         let pairs = pairs.unwrap_or_default();
+        if roll_back {
+            maker.roll_back(&pairs)?;
+        }
         for (number, planned) in plan.iter().enumerate() {
             let target = maker.of_mounts[number];
             // What is restored replaces what would be copied up, and what is there already has its contents.
@@ -349,8 +407,12 @@ impl Sandbox {
                 let fresh = |target: &usize| maker.targets[*target].fresh;
                 let restoring: Vec<usize> = pairs.iter().map(|(_, target)| *target).filter(fresh).collect();
                 maker.mark_restoring(&restoring, true)?;
-                let restored = restore(image, &maker.targets, &pairs, spec.may_make_devices())?;
+                // Processes that come back have their files open already.
+                let whole = holds_processes_of(&image.manifest, maker.record);
+                let load = if whole { &Load::InPrepare } else { &request.load };
+                let restored = restore(image, &maker.targets, &pairs, spec.may_make_devices(), load)?;
                 maker.mark_restoring(&restoring, false)?;
+                locked.put_restored(&maker.record.name)?;
                 Some(restored)
             }
         };
@@ -373,8 +435,53 @@ impl Sandbox {
         let unknown = || InitError::Unknown(container_id.to_owned());
         let locked = self.dir.lock()?.ok_or_else(unknown)?;
         let mut record = self.dir.container(container_id)?.ok_or_else(unknown)?;
-        record.init = Some(process::describe(pid).map_err(|source| InitError::Process { pid, source })?);
-        Ok(locked.put_container(&record)?)
+        let init = process::describe(pid).map_err(|source| InitError::Process { pid, source })?;
+        record.init = Some(init.clone());
+        locked.put_container(&record)?;
+        // Whoever removes the container meanwhile needs it.
+        drop(locked);
+        let directories: Vec<PathBuf> =
+            record.filesystems.iter().map(|name| self.dir.filesystem_dir(name)).collect();
+        std::thread::scope(|scope| {
+            let (init, all) = (&init, record.load_all);
+            let joining: Vec<_> =
+                directories.iter().map(|directory| scope.spawn(move || join(directory, init, all))).collect();
+            let joined = joining.into_iter().map(|thread| thread.join().expect("it doesn't panic"));
+            joined.collect::<Result<(), LazyError>>().map_err(InitError::Load)
+        })
+    }
+
+    /// Before something else freezes a container: what loads its files mustn't be frozen with it.
+    pub fn before_freeze(&self) {
+        lazy::leave_cgroups(&self.dir);
+    }
+
+    /// How far the loading of the container's restored files has come, by filesystem; those that are complete aren't
+    /// named.
+    pub fn load_status(&self, container_id: &str) -> Result<Vec<(ResourceId, LoadStatus)>, LoadStatusError> {
+        self.loads(container_id, lazy::status)
+    }
+
+    /// Waits until all of the container's restored files are loaded, or can't be.
+    pub fn await_load(&self, container_id: &str) -> Result<Vec<(ResourceId, LoadStatus)>, LoadStatusError> {
+        self.loads(container_id, lazy::wait)
+    }
+
+    fn loads(
+        &self,
+        container_id: &str,
+        status: impl Fn(&Path) -> Result<Option<LoadStatus>, LazyError>,
+    ) -> Result<Vec<(ResourceId, LoadStatus)>, LoadStatusError> {
+        let container = self.dir.container(container_id)?;
+        let container = container.ok_or_else(|| LoadStatusError::Unknown(container_id.to_owned()))?;
+        let mut statuses = Vec::new();
+        for name in &container.filesystems {
+            let Some(record) = self.dir.filesystem(name)? else { continue };
+            if let Some(status) = status(&self.dir.filesystem_dir(name))? {
+                statuses.push((record.resource_id, status));
+            }
+        }
+        Ok(statuses)
     }
 
     /// Saves the container's filesystems. Freezes the container if it isn't frozen (paused) yet, and

@@ -24,6 +24,10 @@ pub const IMAGE_DIR_ANNOTATION: &str = "dev.stillframe.image-dir";
 pub const PRECOPY_ANNOTATION: &str = "dev.stillframe.precopy";
 /// What a checkpoint through containerd saves: `filesystem` or `full`.
 pub const MODE_ANNOTATION: &str = "dev.stillframe.checkpoint.mode";
+/// Whether the contents of restored files are loaded before the container's program runs, or behind it: `eager` or `lazy`.
+pub const LOAD_ANNOTATION: &str = "dev.stillframe.restore.load";
+/// What of the image a container gets that has been restored in this sandbox before: see [`OnRestart`].
+pub const ON_RESTART_ANNOTATION: &str = "dev.stillframe.restore.on-restart";
 /// Name of the container in its pod, as containerd's CRI writes it.
 pub const CRI_NAME_ANNOTATION: &str = "io.kubernetes.cri.container-name";
 
@@ -68,6 +72,30 @@ pub enum SpecError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What a container gets that is made again in its pod, with an image to restore from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnRestart {
+    /// What has survived stays as it is; what hasn't comes from the image.
+    #[default]
+    Keep,
+    /// All comes from the image, also volumes that have survived, if no other container has them.
+    Image,
+    /// What has survived stays as it is; the rest is empty, as with runc.
+    Empty,
+}
+
+impl OnRestart {
+    /// What the annotation says; `Err` if that is nothing of this.
+    pub fn parse(annotation: Option<&str>) -> Result<Self, String> {
+        match annotation {
+            None | Some("keep") => Ok(Self::Keep),
+            Some("image") => Ok(Self::Image),
+            Some("empty") => Ok(Self::Empty),
+            Some(other) => Err(other.to_owned()),
+        }
+    }
 }
 
 /// A bundle's spec.

@@ -6,6 +6,8 @@
 //! | `containers/<id>.json` | [`ContainerRecord`] |
 //! | `filesystems/<name>/mnt` | where a filesystem is mounted; `<name>` is `<container id>.<number>`, or `pod-<name>` |
 //! | `filesystems/<name>/record.json` | [`FilesystemRecord`] |
+//! | `filesystems/<name>/load.*` | what is still being loaded of it ([`crate::lazy`]) |
+//! | `restored.json` | names of the containers that have been restored here |
 //! | `last-checkpoint.json` | what the last checkpoint did |
 //! | `freeze.json` | [`FreezeMarker`]: what a checkpoint has frozen, while it has |
 //!
@@ -24,6 +26,7 @@ use stillframe_tmpfs::options::TmpfsOptions;
 use stillframe_tmpfs::{Ids, ResourceId, filestore};
 
 use crate::freezer::Cgroup;
+use crate::lazy::{self, LazyError};
 
 /// Where all state is. tmpfs on every node, so a reboot leaves none.
 pub const STATE_ROOT: &str = "/run/stillframe";
@@ -73,6 +76,9 @@ pub struct ContainerRecord {
     /// Whether files are copied to there before a pause.
     #[serde(default)]
     pub precopy: bool,
+    /// Whether everything that is restored is loaded before its program runs.
+    #[serde(default)]
+    pub load_all: bool,
     /// Its init process, once runc has created it.
     pub init: Option<InitRecord>,
     /// Names of its filesystems' directories, in the order of the spec.
@@ -227,9 +233,20 @@ impl StateDir {
         Ok(names.iter().filter_map(|name| Some(name.strip_suffix(".json")?.to_owned())).collect())
     }
 
+    /// Whether a container of this name has been restored here.
+    pub fn was_restored(&self, name: &str) -> Result<bool, StateError> {
+        let names: Option<Vec<String>> = read(&self.path.join(RESTORED))?;
+        Ok(names.is_some_and(|names| names.iter().any(|restored| restored == name)))
+    }
+
     /// Where a filesystem is mounted.
     pub fn mountpoint(&self, filesystem: &str) -> PathBuf {
-        self.path.join("filesystems").join(filesystem).join("mnt")
+        self.filesystem_dir(filesystem).join("mnt")
+    }
+
+    /// Everything else of a filesystem.
+    pub fn filesystem_dir(&self, filesystem: &str) -> PathBuf {
+        self.path.join("filesystems").join(filesystem)
     }
 
     /// The record of a filesystem, if there is one.
@@ -305,6 +322,16 @@ impl Locked {
         Ok(name)
     }
 
+    /// Takes note that a container of this name has been restored.
+    pub fn put_restored(&self, name: &str) -> Result<(), StateError> {
+        let path = self.dir.path.join(RESTORED);
+        let mut names: Vec<String> = read(&path)?.unwrap_or_default();
+        if !names.iter().any(|restored| restored == name) {
+            names.push(name.to_owned());
+        }
+        write(&path, &names)
+    }
+
     /// Writes a filesystem's record.
     pub fn put_filesystem(&self, name: &str, record: &FilesystemRecord) -> Result<(), StateError> {
         write(&self.dir.path.join("filesystems").join(name).join("record.json"), record)
@@ -357,6 +384,20 @@ impl Locked {
         if stuck { Ok(()) } else { self.remove_freeze() }
     }
 
+    /// Ends what loads a filesystem's files, and forgets it. `true` if all were loaded.
+    pub fn end_load(&self, name: &str) -> Result<bool, LazyError> {
+        let path = self.dir.filesystem_dir(name);
+        let complete = lazy::stop(&path)?;
+        for file in lazy::NAMES.map(|name| path.join(name)) {
+            absent_is_fine(fs::remove_file(&file)).map_err(|source| LazyError::File {
+                operation: "remove",
+                path: file.clone(),
+                source,
+            })?;
+        }
+        Ok(complete)
+    }
+
     /// Removes a filesystem's directory; it must be unmounted. A directory that is gone is fine.
     pub fn remove_filesystem(&self, name: &str) -> Result<(), StateError> {
         let path = self.dir.path.join("filesystems").join(name);
@@ -382,7 +423,7 @@ impl Locked {
         if !self.dir.is_unused()? {
             return Ok(());
         }
-        for name in ["last-checkpoint.json", "freeze.json", "lock"] {
+        for name in [RESTORED, "last-checkpoint.json", "freeze.json", "lock"] {
             let file = self.dir.path.join(name);
             absent_is_fine(fs::remove_file(&file)).map_err(at("remove", &file))?;
         }
@@ -397,6 +438,8 @@ impl Locked {
         Ok(())
     }
 }
+
+const RESTORED: &str = "restored.json";
 
 /// What names of the pod's filesystems begin with. They have no dot, and those of a container's always have one.
 const POD: &str = "pod-";

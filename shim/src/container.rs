@@ -173,6 +173,7 @@ impl Container {
             None
         });
         self.init.begin(Operation::Pause, State::Pausing)?;
+        self.filesystems.before_freeze().await;
         if let Err(error) = self.runc.pause(&self.id).await {
             self.init.step(State::Pausing, State::Running);
             return Err(error.into());

@@ -7,6 +7,7 @@
 //!   delete   cleanup                        the shim is dead: containerd has its remains removed
 //!   fetch    fetch -> image -> store        asked by `serve`: unpacks the checkpoint in an image of containerd's
 //!   -info    info                           what the runtime can do
+//!   load     sandbox                        loads restored files behind a container: started by the shim itself
 //! ```
 //!
 //! The only async crate of the workspace: what blocks (`sandbox`) is given a thread. Knows ttrpc and containerd; must never know
@@ -52,20 +53,22 @@ use containerd_shim::protos::protobuf::Message;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    if arguments == [idmapped::ACTION] {
-        idmapped::hold();
-        return ExitCode::SUCCESS;
-    }
-    if let Some((action, rest)) = arguments.split_first()
-        && action == fetch::ACTION
-    {
-        return match fetch::run(rest) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("{}", error::chain(&error));
-                ExitCode::FAILURE
-            }
-        };
+    match arguments.split_first() {
+        Some((action, [])) if action == idmapped::ACTION => {
+            idmapped::hold();
+            return ExitCode::SUCCESS;
+        }
+        Some((action, rest)) if action == fetch::ACTION => {
+            return match fetch::run(rest) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("{}", error::chain(&error));
+                    ExitCode::FAILURE
+                }
+            };
+        }
+        Some((action, rest)) if action == sandbox::LOAD => return sandbox::load(rest.iter().cloned()),
+        _ => {}
     }
     let flags = match containerd_shim::parse(&arguments) {
         Ok(flags) => flags,

@@ -1,12 +1,22 @@
 //! The door to Stillframe's own work on a container's filesystems: `stillframe_runtime`, whose calls block, as futures.
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use stillframe_runtime::image_source::ImageSource;
-use stillframe_runtime::sandbox::{Ahead, CheckpointRequest, PrepareRequest, Sandbox};
+use stillframe_runtime::sandbox::{Ahead, CheckpointRequest, Load, PrepareRequest, Sandbox};
 
 use crate::error::TaskError;
+
+/// The first argument with which this program does nothing but [`load`].
+pub const LOAD: &str = stillframe_runtime::lazy::ARGUMENT;
+
+/// Loads restored files: what `prepare` has this program started for.
+pub fn load(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    stillframe_runtime::lazy::run(arguments)
+}
 
 /// One container's part in a sandbox.
 #[derive(Clone, Debug)]
@@ -45,7 +55,9 @@ impl Filesystems {
         restore_from: Option<PathBuf>,
     ) -> Result<Option<ImageSource>, TaskError> {
         let container_id = self.container_id.clone();
-        let request = PrepareRequest { container_id, bundle, rootfs, runtime, restore_from };
+        // By this program, which is there for sure: see `load`.
+        let load = Load::Apart { program: "/proc/self/exe".into(), eager: false };
+        let request = PrepareRequest { container_id, bundle, rootfs, runtime, restore_from, load };
         let prepared = self.call("preparing", move |sandbox| sandbox.prepare(&request)).await?;
         if let Some(restored) = prepared.restored {
             tracing::info!(container = self.container_id, bytes = restored.bytes, ?restored, "restored");
@@ -57,6 +69,13 @@ impl Filesystems {
     pub async fn set_init_pid(&self, pid: i32) -> Result<(), TaskError> {
         let id = self.container_id.clone();
         self.call("recording the process of", move |sandbox| sandbox.set_init_pid(&id, pid)).await
+    }
+
+    /// Before the container is frozen by something else than a checkpoint.
+    pub async fn before_freeze(&self) {
+        let sandbox = self.sandbox.clone();
+        // A panic is logged where it happens.
+        let _ = tokio::task::spawn_blocking(move || sandbox.before_freeze()).await;
     }
 
     /// Saves the container's filesystems to a directory. With `kill` the init is killed once they are saved, but stays frozen if

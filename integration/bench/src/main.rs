@@ -6,6 +6,7 @@
 //!
 //! `stillframe-bench [NAME]...` measures only what has a name beginning so; BENCH_ROUNDS sets the number of turns.
 
+mod behind;
 mod containers;
 mod data;
 mod engine;
@@ -47,7 +48,7 @@ fn bench() -> Result<()> {
         names.is_empty()
             || names.iter().any(|name| prefix.starts_with(name.as_str()) || name.starts_with(prefix))
     };
-    for (prefix, measure) in engine::ALL.iter().chain(pause::ALL).chain(containers::ALL) {
+    for (prefix, measure) in engine::ALL.iter().chain(pause::ALL).chain(containers::ALL).chain(behind::ALL) {
         if wanted(prefix) {
             eprintln!("bench: {prefix} ...");
             measure(&mut results)?;

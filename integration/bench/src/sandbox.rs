@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use stillframe_runtime::freezer::{Cgroup, FREEZE_TIMEOUT};
-use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Sandbox};
+use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, Load, PrepareRequest, Sandbox};
 use stillframe_runtime::state::STATE_ROOT;
 
 use crate::Result;
@@ -26,6 +26,23 @@ pub struct Bench {
 impl Bench {
     /// A sandbox whose tmpfs may hold 12 GiB, restored from `image` if there is one.
     pub fn prepare(image: Option<&Path>) -> Result<Self> {
+        Self::prepare_with(image, Load::InPrepare)
+    }
+
+    /// The same, of which large files are loaded behind the start.
+    pub fn restore(image: &Path) -> Result<Self> {
+        let program = stillframe_integration::binaries::program("stillframe");
+        Self::prepare_with(Some(image), Load::Apart { program, eager: false })
+    }
+
+    /// Waits until all is loaded.
+    pub fn await_load(&self) -> Result<()> {
+        let status = self.sandbox.await_load("c")?;
+        let complete = status.iter().all(|(_, status)| status.loaded_files == status.files);
+        if complete { Ok(()) } else { Err(format!("not all is loaded: {status:?}").into()) }
+    }
+
+    fn prepare_with(image: Option<&Path>, load: Load) -> Result<Self> {
         let namespace = format!("bench-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let bundle = tempfile::tempdir()?;
         fs::create_dir(bundle.path().join("rootfs"))?;
@@ -41,6 +58,7 @@ impl Bench {
             rootfs: bench.bundle.path().join("rootfs"),
             runtime: "runc".into(),
             restore_from: image.map(Path::to_owned),
+            load,
         })?;
         Ok(bench)
     }

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use stillframe_runtime::cli::chain;
 use stillframe_runtime::config::Config;
-use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, PrepareRequest, Prepared, Sandbox};
+use stillframe_runtime::sandbox::{
+    CheckpointRequest, CheckpointResult, Load, PrepareRequest, Prepared, Sandbox,
+};
 use stillframe_runtime::state::STATE_ROOT;
 
 /// A sandbox with any number of containers, of which only the filesystems and sleeping processes are real.
@@ -17,6 +19,8 @@ pub struct Pod {
     pub namespace: String,
     pub sandbox: Sandbox,
     pub dir: tempfile::TempDir,
+    /// When restored files are loaded.
+    pub load: Load,
     pub containers: Vec<&'static str>,
     pub processes: Vec<(Child, PathBuf)>,
 }
@@ -30,7 +34,7 @@ impl Pod {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let config = Config { filestore_dir: dir.path().join("filestore"), ..Config::default() };
         let sandbox = Sandbox::new(&namespace, "s").unwrap().with_config(config);
-        Self { namespace, sandbox, dir, containers: Vec::new(), processes: Vec::new() }
+        Self { namespace, sandbox, dir, load: Load::InPrepare, containers: Vec::new(), processes: Vec::new() }
     }
 
     /// Makes a bundle of members of config.json, and prepares the container.
@@ -49,6 +53,7 @@ impl Pod {
             bundle,
             runtime: "runc".into(),
             restore_from: image.map(Path::to_owned),
+            load: self.load.clone(),
         };
         let prepared = self.sandbox.prepare(&request).map_err(|error| chain(&error));
         if prepared.is_ok() {
@@ -64,18 +69,24 @@ impl Pod {
 
     /// The same; gives what it prints, if that is piped.
     pub fn start_reading(&mut self, id: &str, command: &mut Command) -> Option<ChildStdout> {
+        let pid = self.spawn(id, command);
+        self.sandbox.set_init_pid(id, pid).unwrap();
+        self.processes.last_mut().unwrap().0.stdout.take()
+    }
+
+    /// Starts the process only; its pid.
+    pub fn spawn(&mut self, id: &str, command: &mut Command) -> i32 {
         let v1 = Path::new("/sys/fs/cgroup/freezer");
         let v2 = [Path::new("/sys/fs/cgroup/unified"), Path::new("/sys/fs/cgroup")];
         let v2 = v2.into_iter().find(|path| path.join("cgroup.subtree_control").exists());
         let root = if v1.is_dir() { v1 } else { v2.expect("a cgroup hierarchy") };
         let cgroup = root.join(format!("{}-{id}", self.namespace));
         fs::create_dir(&cgroup).unwrap();
-        let mut child = command.stdin(Stdio::null()).spawn().unwrap();
-        fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).unwrap();
-        self.sandbox.set_init_pid(id, child.id().cast_signed()).unwrap();
-        let output = child.stdout.take();
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        let pid = child.id();
+        fs::write(cgroup.join("cgroup.procs"), pid.to_string()).unwrap();
         self.processes.push((child, cgroup));
-        output
+        pid.cast_signed()
     }
 
     /// Waits until the first container's process has died.

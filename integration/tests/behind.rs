@@ -1,0 +1,109 @@
+//! Restoring behind the start, as a container of containerd's sees it: nobody reads what isn't there, whatever dies.
+
+use stillframe_integration::{Container, Containerd, compare};
+
+const CHECKPOINT: &str = "stillframe.test/checkpoint:1";
+
+fn saved(containerd: &Containerd) -> stillframe_integration::Listing {
+    let container = containerd.container("c").tmpfs("/scratch", "size=200m").start().unwrap();
+    container
+        .shell("cd /scratch; for i in $(seq 1 60); do head -c 2000000 /dev/urandom > $i; echo small > s$i; done; \
+                cp /bin/busybox . && chmod 755 busybox")
+        .unwrap();
+    let listing = container.list("/scratch").unwrap();
+    containerd.checkpoint(container.id(), CHECKPOINT).unwrap();
+    container.remove().unwrap();
+    listing
+}
+
+#[track_caller]
+fn nothing_left(containerd: &Containerd) {
+    let residue = containerd.settled_residue();
+    assert!(residue.is_empty(), "left behind:\n{residue}");
+}
+
+fn wait(containerd: &Containerd, id: &str) -> String {
+    containerd
+        .stillframe(&["wait", "--restored", "--json", "--namespace", containerd.namespace(), id])
+        .unwrap()
+        .stdout
+}
+
+#[test]
+fn a_restored_container_sees_everything_from_its_first_moment() {
+    let containerd = Containerd::start().unwrap();
+    let before = saved(&containerd);
+    for round in 0..3 {
+        let container = Container::restore(&containerd, &format!("r{round}"), CHECKPOINT).unwrap();
+        // A file before its turn; then all of them, reading which changes no access time; then a program.
+        assert_eq!(container.shell("wc -c < /scratch/s60").unwrap().stdout, "6\n");
+        let differences = compare(&before, &container.list("/scratch").unwrap());
+        let differences: Vec<_> =
+            differences.iter().filter(|d| !d.to_string().contains("s60: atime")).collect();
+        assert!(differences.is_empty(), "{differences:?}");
+        assert_eq!(container.shell("/scratch/busybox echo runs").unwrap().stdout, "runs\n");
+        let status: serde_json::Value = serde_json::from_str(&wait(&containerd, container.id())).unwrap();
+        assert_eq!((status[0]["phase"].as_str(), status[0]["files"].as_u64()), (Some("done"), Some(121)));
+        container.remove().unwrap();
+        nothing_left(&containerd);
+    }
+}
+
+#[test]
+fn a_shim_that_is_killed_meanwhile_stops_nothing() {
+    let containerd = Containerd::start().unwrap();
+    saved(&containerd);
+    let image = containerd.dir().join("image");
+    containerd.unpack_checkpoint(CHECKPOINT, &image).unwrap();
+    let spec = containerd.container("r").tmpfs("/scratch", "size=200m");
+    let container = spec.annotation("dev.stillframe.restore-from", &image.to_string_lossy()).start().unwrap();
+    let pid = container.pid().unwrap().unwrap();
+    let scratch = std::path::PathBuf::from(format!("/proc/{pid}/root/scratch"));
+    let shims = containerd.shims();
+    let [shim] = shims.as_slice() else { panic!("{} shims", shims.len()) };
+    let opened: Vec<_> = (1..=60)
+        .map(|number| {
+            let path = scratch.join(number.to_string());
+            std::thread::spawn(move || std::fs::read(path).map(|bytes| bytes.iter().all(|byte| *byte == 0)))
+        })
+        .collect();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim.pid), nix::sys::signal::SIGKILL).unwrap();
+    for opened in opened {
+        // containerd ends the container when its shim is gone; until then everybody reads what was saved.
+        if let Ok(zeros) = opened.join().unwrap() {
+            assert!(!zeros);
+        }
+    }
+    container.remove().unwrap();
+    nothing_left(&containerd);
+}
+
+#[test]
+fn containers_that_are_paused_killed_and_removed_while_they_are_loaded() {
+    let containerd = Containerd::start().unwrap();
+    let before = saved(&containerd);
+    let ctr = containerd.ctr();
+    let container = Container::restore(&containerd, "paused", CHECKPOINT).unwrap();
+    ctr.run(&["tasks", "pause", container.id()]).unwrap();
+    // It is loaded all the same.
+    wait(&containerd, container.id());
+    ctr.run(&["tasks", "resume", container.id()]).unwrap();
+    assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
+    container.remove().unwrap();
+    for round in 0..3 {
+        Container::restore(&containerd, &format!("gone{round}"), CHECKPOINT).unwrap().remove().unwrap();
+    }
+    nothing_left(&containerd);
+    // A checkpoint of one that isn't loaded yet holds all of it.
+    let container = Container::restore(&containerd, "again", CHECKPOINT).unwrap();
+    let image = containerd.dir().join("image").to_string_lossy().into_owned();
+    let words =
+        ["fscheckpoint", "--leave-running", "--image-path", &image, "--namespace", containerd.namespace()];
+    containerd.stillframe(&[&words[..], &[container.id()]].concat()).unwrap();
+    container.remove().unwrap();
+    let last = containerd.container("last").tmpfs("/scratch", "size=200m");
+    let container = last.annotation("dev.stillframe.restore-from", &image).start().unwrap();
+    assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
+    container.remove().unwrap();
+    nothing_left(&containerd);
+}

@@ -1,0 +1,240 @@
+//! Restoring behind the start: a container runs while its files are still being loaded.
+//!
+//! ```text
+//! prepare          names and attributes of the tree are built; a keeper is started
+//!   keeper         closes the gate on each large file, starts the loader
+//! set_init_pid     the loader joins the container's memory cgroup and loads the small files; create returns
+//!   loader         loads the large ones: those that somebody waits for first, then those beside them
+//! (all is loaded)  both end
+//! remove           both are ended; whoever still waits gets EIO
+//! ```
+//!
+//! Two processes for each filesystem that isn't complete yet, which need no shim: the *loader* does the work
+//! ([`loader`]), the *keeper* answers who waits at the gate and starts another loader if that dies ([`keeper`]). Both have
+//! every descriptor of the gate, so nobody is let in to what isn't there unless both are killed at once. They run this library's code in the program that
+//! the caller names ([`run`]), and find what they need in the filesystem's state directory ([`files`]). Pages are
+//! charged to the memory cgroup of the container, since the loader is in it; it isn't in the container's freezer, so a
+//! paused container's files are loaded, too.
+//!
+//! A large file gets its pages without being written to, so that its times are right all the while; not on a filesystem with
+//! huge pages, where they are put back when it is loaded.
+//!
+//! Small files are loaded before the container's program runs, since a file behind the gate costs a descriptor and two
+//! messages. What a gate can't hold (files with inode flags; all, where the kernel has no permission events) is taken for small.
+
+mod channel;
+pub(crate) mod control;
+mod doors;
+mod files;
+mod keeper;
+mod loader;
+mod memory;
+mod schedule;
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{SigSet, Signal};
+use stillframe_pgalloc::{PagesMeta, can_install};
+use stillframe_tmpfs::lazy::PendingFile;
+
+use crate::freezer::Cgroup;
+use crate::state::{InitRecord, StateDir};
+pub use files::{LoadPhase, LoadStatus};
+pub(crate) use files::{NAMES, PendingList};
+
+/// Files with at least so many bytes of data are loaded behind the start. A smaller one is read in the time that the gate for it takes.
+const LARGE: u64 = 64 * 1024;
+
+/// When the files of a restored container are loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Load {
+    /// Before `prepare` returns, by the calling process.
+    #[default]
+    InPrepare,
+    /// By processes of their own, which run `program load DIRECTORY`: that has to call [`run`]. All of it before the
+    /// container's program runs, if `eager`.
+    Apart {
+        /// The program.
+        program: PathBuf,
+        /// Whether nothing is left for later.
+        eager: bool,
+    },
+}
+
+/// First argument with which a program is to call [`run`].
+pub const ARGUMENT: &str = "load";
+
+/// Why files can't be loaded behind the start.
+#[derive(Debug, thiserror::Error)]
+pub enum LazyError {
+    /// A call on a file of the state failed.
+    #[error("{operation} {path}")]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the state holds something else.
+    #[error("{path} can't be decoded: something else writes to the state directory")]
+    Decode {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A process couldn't be started, or ended at once.
+    #[error("start {program} to load the restored files")]
+    Start {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A process says that it can't.
+    #[error("{0}")]
+    Told(String),
+    /// The processes are gone and not all files are loaded.
+    #[error(
+        "the processes that load the restored files in {directory} have died; remove the container and create it again"
+    )]
+    Gone {
+        /// The filesystem's state directory.
+        directory: PathBuf,
+    },
+}
+
+fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> LazyError + 'a {
+    move |source| LazyError::File { operation, path: path.to_owned(), source }
+}
+
+/// Starts loading `files` of the filesystem whose state directory is `directory`, from `pages` (at `pages_path`), to huge pages
+/// if `huge`. When this returns, nobody can
+/// read what isn't there; nothing is loaded before [`join`].
+pub(crate) fn start(
+    program: &Path,
+    directory: &Path,
+    files: Vec<PendingFile>,
+    huge: bool,
+    (pages, pages_path): (&File, &Path),
+    meta: &PagesMeta,
+) -> Result<(), LazyError> {
+    let (large, small) = files.into_iter().partition(|file| file.bytes() >= LARGE && file.may_be_gated());
+    // Huge pages come only by writing. It changes times for as long as a file is loaded.
+    let quiet = can_install() && !huge;
+    let pages_path = pages_path.to_owned();
+    files::prepare(directory, &PendingList { large, small, quiet, pages_path }, meta)?;
+    let failed = |source| LazyError::Start { program: program.to_owned(), source };
+    let mut child = Command::new(program)
+        .args([OsStr::new(ARGUMENT), directory.as_os_str()])
+        .stdin(Stdio::from(pages.try_clone().map_err(failed)?))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .current_dir("/")
+        .process_group(0)
+        .spawn()
+        .map_err(failed)?;
+    let mut answer = String::new();
+    let output = child.stdout.take().expect("it is piped");
+    BufReader::new(output).read_line(&mut answer).map_err(failed)?;
+    match answer.trim_end() {
+        keeper::READY => Ok(()),
+        told => {
+            let status = child.wait().map_err(failed)?;
+            let told = if told.is_empty() {
+                format!("{} ended with {status}", program.display())
+            } else {
+                told.to_owned()
+            };
+            Err(LazyError::Told(told))
+        }
+    }
+}
+
+/// Once the container has a process: loads the small files in its memory cgroup, and begins with the others; with `all`
+/// waits for those, too.
+pub(crate) fn join(directory: &Path, init: &InitRecord, all: bool) -> Result<(), LazyError> {
+    match control::ask(directory, &control::Request::Join { init: init.clone(), all })? {
+        control::Reply::Done => Ok(()),
+        control::Reply::Failed { error } => Err(LazyError::Told(error)),
+    }
+}
+
+/// How far loading has come; `None` where nothing was to be loaded.
+pub fn status(directory: &Path) -> Result<Option<LoadStatus>, LazyError> {
+    files::Progress::open(directory)?.map(|progress| progress.read()).transpose()
+}
+
+/// Waits until all is loaded, or some of it can't be.
+pub fn wait(directory: &Path) -> Result<Option<LoadStatus>, LazyError> {
+    files::await_end(directory)?;
+    status(directory)
+}
+
+/// Ends the processes. Whoever waits for a file gets EIO. `true` if everything was loaded.
+pub(crate) fn stop(directory: &Path) -> Result<bool, LazyError> {
+    let Some(status) = status(directory)? else { return Ok(true) };
+    if let Err(error) = control::ask(directory, &control::Request::Stop) {
+        tracing::debug!(directory = %directory.display(), %error, "the loader doesn't answer");
+    }
+    files::kill_processes(directory)?;
+    Ok(status.phase == LoadPhase::Done && status.failed_files == 0)
+}
+
+/// Before containers of the sandbox are frozen: has the loaders leave their cgroups, where those are what is frozen. (A
+/// loader could otherwise be frozen with an opener that waits for it, and such a freeze doesn't complete.)
+pub(crate) fn leave_cgroups(dir: &StateDir) {
+    for id in dir.containers().unwrap_or_default() {
+        let Ok(Some(container)) = dir.container(&id) else { continue };
+        let cgroup = container.init.and_then(|init| init.cgroup);
+        if !matches!(cgroup, Some(Cgroup::V2(_))) {
+            continue;
+        }
+        for name in &container.filesystems {
+            if let Err(error) = leave(&dir.filesystem_dir(name)) {
+                tracing::warn!(container = id, %error, "a loader may be frozen with the container");
+            }
+        }
+    }
+}
+
+fn leave(directory: &Path) -> Result<(), LazyError> {
+    let loading = status(directory)?.is_some_and(|status| status.phase != LoadPhase::Done);
+    if loading {
+        control::ask(directory, &control::Request::Leave)?;
+    }
+    Ok(())
+}
+
+/// What the program does that [`start`] starts: `arguments` are those after [`ARGUMENT`]. Ends when all is loaded.
+pub fn run(arguments: impl Iterator<Item = std::ffi::OsString>) -> std::process::ExitCode {
+    let arguments: Vec<PathBuf> = arguments.map(PathBuf::from).collect();
+    // Whoever waits at the gate depends on these processes: only what can't be blocked ends them. (The kernel sends SIGHUP by
+    // itself to a stopped process whose parent dies.)
+    let blocked = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT];
+    let _ = blocked.into_iter().collect::<SigSet>().thread_block();
+    let done = match arguments.as_slice() {
+        [directory] => keeper::run(directory),
+        [directory, loader] if loader == Path::new(loader::ARGUMENT) => {
+            // Nobody reads what it prints.
+            loader::run(directory)
+                .inspect_err(|error| files::put_error(directory, 0, &crate::cli::chain(error)))
+        }
+        _ => Err(LazyError::Told("this command is for the runtime's own use: load DIRECTORY".to_owned())),
+    };
+    match done {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            // The keeper's standard output is read by who has started it.
+            println!("{}", crate::cli::chain(&error));
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

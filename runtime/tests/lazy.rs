@@ -1,0 +1,590 @@
+//! Restoring behind the start: nobody reads a byte that isn't there, whatever happens to those who load.
+
+#[path = "support/pod.rs"]
+mod pod;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use pod::Pod;
+use stillframe_runtime::sandbox::{Load, LoadPhase, LoadStatus};
+
+const CONFIG: &str = r#""root": {"path": "rootfs"}, "mounts": [
+    {"destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["size=256m"]}]"#;
+const LARGE: usize = 24;
+const SMALL: usize = 300;
+const LARGE_SIZE: usize = (1 << 20) + 77;
+
+/// Contents by name: no two files have a page in common.
+fn contents(name: &str, size: usize) -> Vec<u8> {
+    let mut seed =
+        name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mut bytes = Vec::with_capacity(size + 8);
+    while bytes.len() < size {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        bytes.extend_from_slice(&(seed ^ seed >> 29).to_le_bytes());
+    }
+    bytes.truncate(size);
+    bytes
+}
+
+fn large(index: usize) -> String {
+    format!("dir{}/large{index}", index % 3)
+}
+
+fn small(index: usize) -> String {
+    format!("dir{}/small{index}", index % 3)
+}
+
+fn all() -> impl Iterator<Item = (String, usize)> {
+    (0..LARGE)
+        .map(|index| (large(index), LARGE_SIZE))
+        .chain((0..SMALL).map(|index| (small(index), 100 + index * 13)))
+}
+
+/// An image of a container with files of both kinds, and what they look like.
+struct Saved {
+    dir: tempfile::TempDir,
+    image: PathBuf,
+    attributes: Vec<(String, [i64; 6])>,
+}
+
+fn attributes(root: &Path) -> Vec<(String, [i64; 6])> {
+    let of = |name: String| {
+        let m = root.join(&name).symlink_metadata().unwrap();
+        let numbers = [
+            i64::from(m.mode()),
+            i64::from(m.uid()),
+            m.size().cast_signed(),
+            m.mtime(),
+            m.mtime_nsec(),
+            m.atime_nsec(),
+        ];
+        (name, numbers)
+    };
+    all().map(|(name, _)| of(name)).collect()
+}
+
+fn save() -> Saved {
+    let mut pod = Pod::new();
+    pod.running("c", CONFIG);
+    let root = pod.mount("c.0");
+    for (index, (name, size)) in all().enumerate() {
+        let path = root.join(&name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, contents(&name, size)).unwrap();
+        std::os::unix::fs::chown(&path, Some(index as u32), Some(7)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o4750)).unwrap();
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let image = dir.path().join("image");
+    let attributes = attributes(&root);
+    pod.checkpoint("c", &image, &[]).unwrap();
+    Saved { dir, image, attributes }
+}
+
+fn lazy_pod() -> Pod {
+    pod_with(env!("CARGO_BIN_EXE_stillframe"), false)
+}
+
+fn pod_with(program: &str, eager: bool) -> Pod {
+    let mut pod = Pod::new();
+    pod.load = Load::Apart { program: program.into(), eager };
+    pod
+}
+
+fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+    let (done, result) = mpsc::channel();
+    thread::spawn(move || done.send(work()));
+    result
+}
+
+fn end<T>(result: &Receiver<T>) -> T {
+    result.recv_timeout(Duration::from_secs(60)).expect("it goes on")
+}
+
+/// Reads large files from a thread each, and compares them.
+fn read_all(root: &Path, files: impl Iterator<Item = usize>) -> Vec<Receiver<Result<(), String>>> {
+    let read = |index: usize| {
+        let name = large(index);
+        let path = root.join(&name);
+        begin(move || match fs::read(&path) {
+            Ok(bytes) if bytes == contents(&name, LARGE_SIZE) => Ok(()),
+            Ok(bytes) => Err(format!("{name}: {} zeros", bytes.iter().filter(|b| **b == 0).count())),
+            Err(error) => Err(format!("{name}: {error}")),
+        })
+    };
+    files.map(read).collect()
+}
+
+fn assert_whole(root: &Path, saved: &Saved) {
+    for (name, size) in all() {
+        assert!(fs::read(root.join(&name)).unwrap() == contents(&name, size), "{name}");
+    }
+    // Reading may have changed access times.
+    let times = |attributes: Vec<(String, [i64; 6])>| -> Vec<_> {
+        attributes
+            .into_iter()
+            .map(|(name, [mode, uid, size, s, ns, _])| (name, [mode, uid, size, s, ns]))
+            .collect()
+    };
+    assert_eq!(times(attributes(root)), times(saved.attributes.clone()));
+}
+
+/// The processes that load: the keeper and the loader.
+fn processes(pod: &Pod) -> (i32, i32) {
+    let path = pod.state().join("s/filesystems/c.0/load.json");
+    let record: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    let pid = |who: &str| i32::try_from(record[who]["pid"].as_i64().unwrap()).unwrap();
+    (pid("keeper"), pid("loader"))
+}
+
+fn signal(pid: i32, signal: nix::sys::signal::Signal) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
+}
+
+fn loaded(pod: &Pod) -> LoadStatus {
+    let status = pod.sandbox.await_load("c").unwrap();
+    assert_eq!(status.len(), 1);
+    status.into_iter().next().unwrap().1
+}
+
+fn sleep() -> Command {
+    let mut command = Command::new("sleep");
+    command.arg("1000");
+    command
+}
+
+#[test]
+fn whoever_opens_a_file_waits_for_it_and_nothing_else() {
+    let saved = save();
+    let mut pod = lazy_pod();
+    let restored = pod.prepare("c", CONFIG, Some(&saved.image)).unwrap().restored.unwrap();
+    assert_eq!(restored.behind_files, (LARGE + SMALL) as u64);
+    let root = pod.mount("c.0");
+    // All names, sizes and attributes are there at once.
+    assert_eq!(attributes(&root), saved.attributes);
+    let status = pod.sandbox.load_status("c").unwrap().remove(0).1;
+    assert_eq!((status.phase, status.loaded_files), (LoadPhase::Held, 0));
+    // One that is waited for is loaded even now.
+    end(&read_all(&root, 5..6)[0]).unwrap();
+    let status = pod.sandbox.load_status("c").unwrap().remove(0).1;
+    assert_eq!((status.phase, status.loaded_files), (LoadPhase::Held, 1));
+    pod.start("c", &mut sleep());
+    // What is small is there when the container's program could begin.
+    let status = pod.sandbox.load_status("c").unwrap().remove(0).1;
+    assert!(status.phase >= LoadPhase::Large, "{status:?}");
+    for index in 0..SMALL {
+        let name = small(index);
+        assert!(fs::read(root.join(&name)).unwrap() == contents(&name, 100 + index * 13), "{name}");
+    }
+    let status = loaded(&pod);
+    assert_eq!((status.phase, status.loaded_files), (LoadPhase::Done, status.files));
+    assert_eq!((status.loaded_bytes, status.failed_files), (status.bytes, 0));
+    assert_whole(&root, &saved);
+}
+
+#[test]
+fn readers_from_the_first_moment_on_see_every_byte() {
+    let saved = save();
+    for _ in 0..5 {
+        let mut pod = lazy_pod();
+        pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+        let root = pod.mount("c.0");
+        let readers = read_all(&root, (0..LARGE).rev());
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // Attributes are as they were saved at any time, small files' only when the container could see them.
+            let stat = scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let now = attributes(&root);
+                    let times = |of: &[(String, [i64; 6])]| -> Vec<[i64; 2]> {
+                        of[..LARGE].iter().map(|(_, [_, _, _, s, ns, _])| [*s, *ns]).collect()
+                    };
+                    assert_eq!(times(&now), times(&saved.attributes));
+                }
+            });
+            pod.start("c", &mut sleep());
+            for reader in &readers {
+                end(reader).unwrap();
+            }
+            loaded(&pod);
+            stop.store(true, Ordering::Relaxed);
+            stat.join().unwrap();
+        });
+        assert_whole(&root, &saved);
+    }
+}
+
+#[test]
+fn files_on_huge_pages_keep_them() {
+    let saved = save();
+    let mut pod = lazy_pod();
+    let config = CONFIG.replace("size=256m", "size=256m\", \"huge=always");
+    pod.prepare("c", &config, Some(&saved.image)).unwrap();
+    let root = pod.mount("c.0");
+    let readers = read_all(&root, 0..3);
+    pod.start("c", &mut sleep());
+    for reader in &readers {
+        end(reader).unwrap();
+    }
+    loaded(&pod);
+    assert_whole(&root, &saved);
+    let blocks = root.join(large(0)).metadata().unwrap().blocks();
+    assert_eq!(blocks % 4096, 0, "{blocks} blocks of 512 bytes aren't whole huge pages");
+}
+
+#[test]
+fn a_loader_that_is_killed_is_followed_by_another() {
+    let saved = save();
+    for round in 0..6 {
+        let mut pod = lazy_pod();
+        pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+        let root = pod.mount("c.0");
+        let (_, loader) = processes(&pod);
+        if round % 2 == 0 {
+            // Somebody waits while it can't do anything.
+            signal(loader, nix::sys::signal::SIGSTOP);
+            let readers = read_all(&root, 0..4);
+            assert!(matches!(
+                readers[0].recv_timeout(Duration::from_millis(20)),
+                Err(RecvTimeoutError::Timeout)
+            ));
+            signal(loader, nix::sys::signal::SIGKILL);
+            for reader in &readers {
+                end(reader).unwrap();
+            }
+            pod.start("c", &mut sleep());
+        } else {
+            pod.start("c", &mut sleep());
+            let readers = read_all(&root, 0..LARGE);
+            signal(loader, nix::sys::signal::SIGKILL);
+            for reader in &readers {
+                end(reader).unwrap_or_else(|error| panic!("{error}: {:?}", pod.sandbox.load_status("c")));
+            }
+        }
+        loaded(&pod);
+        assert_whole(&root, &saved);
+    }
+}
+
+#[test]
+fn a_keeper_that_is_killed_lets_nobody_in() {
+    let saved = save();
+    let mut pod = lazy_pod();
+    pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+    let root = pod.mount("c.0");
+    let (keeper, loader) = processes(&pod);
+    signal(loader, nix::sys::signal::SIGSTOP);
+    // More than there are threads that read events.
+    let early = read_all(&root, 0..20);
+    let pidfd = rustix::process::pidfd_open(
+        rustix::process::Pid::from_raw(keeper).unwrap(),
+        rustix::process::PidfdFlags::empty(),
+    )
+    .unwrap();
+    signal(keeper, nix::sys::signal::SIGKILL);
+    let mut dead = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+    rustix::event::poll(&mut dead, None).unwrap();
+    let late = read_all(&root, 20..LARGE);
+    signal(loader, nix::sys::signal::SIGCONT);
+    for reader in &early {
+        // An opener whose event is just being read when the keeper dies is refused; no other.
+        if let Err(error) = end(reader) {
+            let status = pod.sandbox.load_status("c");
+            assert!(error.ends_with("Operation not permitted (os error 1)"), "{error}: {status:?}");
+        }
+    }
+    for reader in &late {
+        end(reader).unwrap();
+    }
+    pod.start("c", &mut sleep());
+    loaded(&pod);
+    assert_whole(&root, &saved);
+}
+
+#[test]
+fn files_that_cannot_be_loaded_give_an_error_and_the_rest_is_there() {
+    let saved = save();
+    let pages = File::options().read(true).write(true).open(saved.image.join("pages.img")).unwrap();
+    // The pages of a large file begin where its contents are found.
+    let mut bytes = vec![0; pages.metadata().unwrap().len() as usize];
+    pages.read_exact_at(&mut bytes, 0).unwrap();
+    let wanted = &contents(&large(3), LARGE_SIZE)[..4096];
+    let at = (0..bytes.len()).step_by(4096).find(|at| bytes[*at..].starts_with(wanted)).unwrap();
+    pages.write_all_at(b"damaged!", at as u64 + (512 << 10)).unwrap();
+    let mut pod = lazy_pod();
+    pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+    let root = pod.mount("c.0");
+    let early = read_all(&root, 3..4);
+    pod.start("c", &mut sleep());
+    let failed = end(&early[0]).unwrap_err();
+    assert!(failed.contains("Input/output error"), "{failed}");
+    let status = loaded(&pod);
+    assert_eq!(
+        (status.phase, status.failed_files, status.loaded_files),
+        (LoadPhase::Done, 1, status.files - 1)
+    );
+    let chunk = format!("{:#x}", (at + (512 << 10)) / 65536 * 65536);
+    assert!(status.errors.len() == 1 && status.errors[0].contains(&chunk), "{status:?}, {chunk}");
+    let again = File::open(root.join(large(3))).unwrap_err();
+    assert_eq!(again.raw_os_error(), Some(libc::EIO));
+    for index in (0..LARGE).filter(|index| *index != 3) {
+        let name = large(index);
+        assert!(fs::read(root.join(&name)).unwrap() == contents(&name, LARGE_SIZE), "{name}");
+    }
+}
+
+#[test]
+fn damage_in_a_small_file_fails_the_start() {
+    let saved = save();
+    let pages = File::options().read(true).write(true).open(saved.image.join("pages.img")).unwrap();
+    let mut bytes = vec![0; pages.metadata().unwrap().len() as usize];
+    pages.read_exact_at(&mut bytes, 0).unwrap();
+    let wanted = contents(&small(9), 100 + 9 * 13);
+    let at = (0..bytes.len()).step_by(4096).find(|at| bytes[*at..].starts_with(&wanted)).unwrap();
+    pages.write_all_at(b"damaged!", at as u64).unwrap();
+    let mut pod = lazy_pod();
+    pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+    let process = pod.spawn("c", &mut sleep());
+    let error = stillframe_runtime::cli::chain(&pod.sandbox.set_init_pid("c", process).unwrap_err());
+    assert!(error.contains("damaged at offset"), "{error}");
+}
+
+#[test]
+fn what_is_done_to_a_pending_file_without_opening_it_stays_done() {
+    let saved = save();
+    let mut pod = lazy_pod();
+    pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+    let root = pod.mount("c.0");
+    fs::rename(root.join(large(0)), root.join("moved")).unwrap();
+    fs::hard_link(root.join(large(1)), root.join("link")).unwrap();
+    fs::remove_file(root.join(large(2))).unwrap();
+    fs::set_permissions(root.join(large(3)), fs::Permissions::from_mode(0o600)).unwrap();
+    let time = nix::sys::time::TimeSpec::new(1_000_000_000, 5);
+    nix::sys::stat::utimensat(
+        nix::fcntl::AT_FDCWD,
+        &root.join(large(4)),
+        &time,
+        &time,
+        nix::sys::stat::UtimensatFlags::FollowSymlink,
+    )
+    .unwrap();
+    let cut = root.join(large(5));
+    let truncated = begin(move || nix::unistd::truncate(&cut, 1000));
+    pod.start("c", &mut sleep());
+    end(&truncated).unwrap();
+    loaded(&pod);
+    let read = |name: &str| fs::read(root.join(name)).unwrap();
+    assert!(read("moved") == contents(&large(0), LARGE_SIZE));
+    assert!(read("link") == contents(&large(1), LARGE_SIZE));
+    assert!(!root.join(large(2)).exists());
+    assert_eq!(root.join(large(3)).metadata().unwrap().mode() & 0o7777, 0o600);
+    assert_eq!(root.join(large(4)).metadata().unwrap().mtime(), 1_000_000_000);
+    assert!(read(&large(5)) == contents(&large(5), LARGE_SIZE)[..1000]);
+}
+
+#[test]
+fn a_checkpoint_taken_while_files_are_loaded_holds_all_of_them() {
+    let saved = save();
+    let mut first = lazy_pod();
+    first.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+    let (_, loader) = processes(&first);
+    first.start("c", &mut sleep());
+    signal(loader, nix::sys::signal::SIGSTOP);
+    let image = saved.dir.path().join("again");
+    thread::scope(|scope| {
+        let checkpoint = scope.spawn(|| first.checkpoint("c", &image, &[]).unwrap());
+        signal(loader, nix::sys::signal::SIGCONT);
+        checkpoint.join().unwrap()
+    });
+    let mut second = lazy_pod();
+    second.prepare("c", CONFIG, Some(&image)).unwrap();
+    second.start("c", &mut sleep());
+    loaded(&second);
+    assert_whole(&second.mount("c.0"), &saved);
+}
+
+#[test]
+fn a_container_that_is_removed_meanwhile_leaves_nothing() {
+    let saved = save();
+    for begun in [false, true] {
+        let mut pod = lazy_pod();
+        pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+        let (keeper, loader) = processes(&pod);
+        if begun {
+            pod.start("c", &mut sleep());
+        }
+        pod.remove("c");
+        pod.assert_nothing_is_left();
+        for pid in [keeper, loader] {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            assert!(stat.is_empty() || stat.contains(") Z "), "{stat}");
+        }
+    }
+}
+
+#[test]
+fn memory_is_charged_to_the_container() {
+    let saved = save();
+    let hierarchy = Path::new("/sys/fs/cgroup/memory");
+    if !hierarchy.join("memory.usage_in_bytes").exists() {
+        println!("SKIPPED: memory_is_charged_to_the_container: no v1 memory hierarchy");
+        return;
+    }
+    let mut pod = lazy_pod();
+    let cgroup = hierarchy.join(&pod.namespace);
+    fs::create_dir(&cgroup).unwrap();
+    pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+    let process = pod.spawn("c", &mut sleep());
+    fs::write(cgroup.join("cgroup.procs"), process.to_string()).unwrap();
+    pod.sandbox.set_init_pid("c", process).unwrap();
+    let status = loaded(&pod);
+    let text = fs::read_to_string(cgroup.join("memory.usage_in_bytes")).unwrap();
+    let charged: u64 = text.trim().parse().unwrap();
+    assert!((status.bytes..status.bytes * 3 / 2).contains(&charged), "{charged} of {}", status.bytes);
+    pod.remove("c");
+    drop(pod);
+    fs::remove_dir(&cgroup).unwrap();
+}
+
+#[test]
+fn all_is_loaded_before_the_start_where_that_is_asked_for() {
+    let saved = save();
+    for (load, annotation) in
+        [(true, ""), (false, r#", "annotations": {"dev.stillframe.restore.load": "eager"}"#)]
+    {
+        let mut pod = pod_with(env!("CARGO_BIN_EXE_stillframe"), load);
+        pod.prepare("c", &format!("{CONFIG}{annotation}"), Some(&saved.image)).unwrap();
+        pod.start("c", &mut sleep());
+        let status = pod.sandbox.load_status("c").unwrap().remove(0).1;
+        assert_eq!((status.phase, status.loaded_files), (LoadPhase::Done, status.files));
+    }
+    let config = format!(r#"{CONFIG}, "annotations": {{"dev.stillframe.restore.load": "sometimes"}}"#);
+    let error = lazy_pod().prepare("c", &config, Some(&saved.image)).unwrap_err();
+    assert!(error.contains("\"sometimes\": give eager or lazy"), "{error}");
+}
+
+#[test]
+fn the_command_tells_and_waits() {
+    let saved = save();
+    let mut pod = lazy_pod();
+    pod.prepare("c", CONFIG, Some(&saved.image)).unwrap();
+    let stillframe = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_stillframe"));
+        command.args(arguments).args(["--namespace", &pod.namespace, "c"]).output().unwrap()
+    };
+    let output = stillframe(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (status[0]["phase"].as_str(), status[0]["filesystem"]["path"].as_str()),
+        (Some("held"), Some("/data"))
+    );
+    let namespace = pod.namespace.clone();
+    let waiting = begin(move || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_stillframe"));
+        command.args(["wait", "--restored", "--namespace", &namespace, "c"]).output().unwrap()
+    });
+    assert!(matches!(waiting.recv_timeout(Duration::from_millis(50)), Err(RecvTimeoutError::Timeout)));
+    pod.start("c", &mut sleep());
+    let output = end(&waiting);
+    assert!(output.status.success(), "{output:?}");
+    assert!(String::from_utf8(output.stdout).unwrap().contains("done"));
+}
+
+#[test]
+fn an_error_of_the_program_is_told() {
+    let saved = save();
+    let mut pod = pod_with("/bin/false", false);
+    let error = pod.prepare("c", CONFIG, Some(&saved.image)).unwrap_err();
+    assert!(error.contains("/bin/false ended with exit status: 1"), "{error}");
+    let error: io::Error = File::open(pod.mount("c.0")).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn a_container_that_restarts_gets_what_is_asked_for() {
+    let config = |volume: &Path, on_restart: &str| {
+        format!(
+            r#""root": {{"path": "rootfs"}}, "annotations": {{"io.kubernetes.cri.container-name": "web"{on_restart}}}, "mounts": [
+               {{"destination": "/own", "type": "tmpfs", "source": "tmpfs", "options": ["size=8m"]}},
+               {{"destination": "/cache", "type": "bind", "source": "{}", "options": ["rbind"]}},
+               {{"destination": "/other", "type": "bind", "source": "{}", "options": ["rbind"]}}]"#,
+            volume.display(),
+            volume.with_file_name("other").display(),
+        )
+    };
+    let node = tempfile::tempdir().unwrap();
+    let volume = |uid: &str| {
+        let volumes = node.path().join(format!("pods/{uid}/volumes/kubernetes.io~empty-dir"));
+        for name in ["cache", "other"] {
+            fs::create_dir_all(volumes.join(name)).unwrap();
+            let mount = ["-t", "tmpfs", "-o", "size=8m", "tmpfs"];
+            assert!(Command::new("mount").args(mount).arg(volumes.join(name)).status().unwrap().success());
+        }
+        volumes.join("cache")
+    };
+    let unmount = |volume: &Path| {
+        for path in [volume.to_owned(), volume.with_file_name("other")] {
+            assert!(Command::new("umount").arg(path).status().unwrap().success());
+        }
+    };
+    let old = volume("old");
+    let image = node.path().join("image");
+    {
+        let mut pod = Pod::new();
+        pod.running("c", &config(&old, ""));
+        fs::write(pod.mount("c.0").join("file"), contents("own", 100_000)).unwrap();
+        fs::write(old.join("file"), contents("cache", 100_000)).unwrap();
+        pod.checkpoint("c", &image, &["/own", "/cache"]).unwrap();
+    }
+    unmount(&old);
+    for (on_restart, own, cache) in [
+        ("", Some("own"), "changed"),
+        (r#", "dev.stillframe.restore.on-restart": "keep""#, Some("own"), "changed"),
+        (r#", "dev.stillframe.restore.on-restart": "image""#, Some("own"), "cache"),
+        (r#", "dev.stillframe.restore.on-restart": "empty""#, None, "changed"),
+    ] {
+        let new = volume("new");
+        {
+            let mut pod = lazy_pod();
+            // The pod's own container keeps the sandbox.
+            pod.running("pause", r#""root": {"path": "rootfs"}, "mounts": []"#);
+            let config = config(&new, on_restart);
+            pod.prepare("first", &config, Some(&image)).unwrap();
+            pod.start("first", &mut sleep());
+            for (_, status) in pod.sandbox.await_load("first").unwrap() {
+                assert_eq!(status.loaded_files, 1);
+            }
+            assert!(fs::read(pod.mount("first.0").join("file")).unwrap() == contents("own", 100_000));
+            assert!(fs::read(new.join("file")).unwrap() == contents("cache", 100_000));
+            for (path, name) in [(pod.mount("first.0"), "changed"), (new.clone(), "changed")] {
+                fs::write(path.join("file"), contents(name, 100_000)).unwrap();
+            }
+            fs::write(new.with_file_name("other").join("file"), "not in the image").unwrap();
+            pod.remove("first");
+            pod.prepare("second", &config, Some(&image)).unwrap();
+            pod.start("second", &mut sleep());
+            pod.sandbox.await_load("second").unwrap();
+            let file = fs::read(pod.mount("second.0").join("file")).ok();
+            assert!(file == own.map(|name| contents(name, 100_000)), "own, {on_restart}");
+            assert!(fs::read(new.join("file")).unwrap() == contents(cache, 100_000), "cache, {on_restart}");
+            let other = fs::read_to_string(new.with_file_name("other").join("file")).unwrap();
+            assert_eq!(other, "not in the image");
+        }
+        unmount(&new);
+    }
+    let error = lazy_pod().prepare(
+        "c",
+        r#""mounts": [], "annotations": {"dev.stillframe.restore.on-restart": "never"}"#,
+        None,
+    );
+    assert!(error.unwrap_err().contains("\"never\": give keep, image or empty"));
+}
