@@ -43,6 +43,15 @@ pub struct Spec {
     annotations: HashMap<String, String>,
     root: Option<Root>,
     linux: Option<Linux>,
+    #[serde(default)]
+    mounts: Vec<Mount>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Mount {
+    destination: PathBuf,
+    #[serde(default)]
+    source: PathBuf,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -89,6 +98,15 @@ impl Spec {
         names.filter_map(|name| self.annotations.get(name)).map(String::as_str).find(|name| !name.is_empty())
     }
 
+    /// Where containerd's CRI keeps what it knows of container `id`; beside it is the pod's, whose hostname is bind-mounted.
+    pub fn cri_directory(&self, id: &str) -> Option<PathBuf> {
+        let hostname = self.mounts.iter().find(|mount| mount.destination == Path::new("/etc/hostname"))?;
+        let sandboxes = hostname.source.ancestors().nth(2)?;
+        let ours =
+            self.annotations.get("io.kubernetes.cri.container-type").is_some_and(|kind| kind == "container");
+        (ours && sandboxes.ends_with("sandboxes")).then(|| sandboxes.with_file_name("containers").join(id))
+    }
+
     /// What checkpoints save, where an annotation says so.
     pub fn checkpoint_mode(&self) -> Result<Option<CheckpointMode>, UnknownMode> {
         self.annotations.get(MODE_ANNOTATION).map(|mode| mode.parse()).transpose()
@@ -121,6 +139,22 @@ mod tests {
 
     fn spec(json: &str) -> Spec {
         serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn the_cris_directory_is_found_beside_the_pods() {
+        let spec = |kind: &str, source: &str| -> Spec {
+            let mounts = format!(r#"[{{"destination":"/etc/hostname","source":"{source}"}}]"#);
+            let annotations = format!(r#"{{"io.kubernetes.cri.container-type":"{kind}"}}"#);
+            serde_json::from_str(&format!(r#"{{"annotations":{annotations},"mounts":{mounts}}}"#)).unwrap()
+        };
+        let cri = "/var/lib/containerd/io.containerd.grpc.v1.cri";
+        let hostname = format!("{cri}/sandboxes/pod/hostname");
+        let want = Some(PathBuf::from(format!("{cri}/containers/c")));
+        assert_eq!(spec("container", &hostname).cri_directory("c"), want);
+        assert_eq!(spec("sandbox", &hostname).cri_directory("c"), None);
+        assert_eq!(spec("container", "/etc/hostname").cri_directory("c"), None);
+        assert_eq!(Spec::default().cri_directory("c"), None);
     }
 
     #[test]

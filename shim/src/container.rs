@@ -81,6 +81,8 @@ pub struct Container {
     /// What was copied of its filesystems before it was paused.
     pub(crate) ahead: Copied,
     pub(crate) mode: Mode,
+    /// Where containerd's CRI keeps what it knows of it, in a pod.
+    pub(crate) cri_directory: Option<PathBuf>,
     /// Until it is started, where its processes come from an image.
     pub(crate) restoring: Mutex<Option<Restoring>>,
     pub(crate) oom: Mutex<Option<oom::Watch>>,
@@ -212,6 +214,7 @@ impl Container {
         let _freeze = self.freeze.lock().await;
         self.init.admit(Operation::Checkpoint)?;
         self.save(&path, &options).await?;
+        self.leave_stats();
         self.shim.publisher.publish(TaskCheckpointed {
             container_id: self.id.clone(),
             checkpoint: path.display().to_string(),
@@ -221,6 +224,21 @@ impl Container {
             self.thaw_killed().await;
         }
         Ok(())
+    }
+
+    /// Some containerds (2.1.0 to 2.1.8, 2.2.0 to 2.2.4, 2.3.0, 2.3.1) fail a checkpoint request without CRIU's statistics in that directory,
+    /// and tell only runc to write them there. They are put into the archive and nobody reads them.
+    fn leave_stats(&self) {
+        let Some(directory) = self.cri_directory.as_deref().filter(|directory| directory.is_dir()) else {
+            return;
+        };
+        let path = directory.join("stats-dump");
+        match std::fs::File::create_new(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                tracing::warn!(path = %path.display(), %error, "the file that some containerds want can't be made");
+            }
+            _ => {}
+        }
     }
 
     /// The saved init has been killed: not one of its instructions runs that the image doesn't know of. With cgroup v1 it dies

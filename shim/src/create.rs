@@ -196,6 +196,7 @@ impl Making<'_> {
             freeze: tokio::sync::Mutex::default(),
             saving: AtomicBool::new(false),
             ahead: Copied::default(),
+            cri_directory: self.spec.cri_directory(&request.id),
             mode: self.mode,
             restoring: Mutex::new(restoring),
             oom: Mutex::new(oom),

@@ -72,6 +72,9 @@ fn saved_and_brought_back(version: &ContainerdVersion, handler: &str) {
     let (cache, shm) = (web.list("/cache"), web.list("/dev/shm"));
     web.checkpoint(&archive).unwrap();
     assert_eq!(web.status().unwrap().state(), State::ContainerRunning);
+    // Some versions look for it, and don't say to anybody but runc that they will.
+    let containers = cri.containerd().dir().join("root/io.containerd.grpc.v1.cri/containers");
+    assert!(containers.join(web.id()).join("stats-dump").exists());
     same("/cache after the checkpoint", &cache, &web.list("/cache"));
     // What checkpointctl looks for, and our image.
     let names = names(&archive);
