@@ -242,17 +242,26 @@ fn join(directory: &Path, init: &InitRecord, all: bool) -> Result<(), LazyError>
     }
 }
 
-/// Whether the image has processes, and they are this container's: in a pod several may be given the same image.
-fn holds_processes_of(manifest: &Manifest, container: &ContainerRecord) -> bool {
+/// Whether the image has processes, and they are this container's. In a pod several may be given the same image by the pod's
+/// annotation, which is for those of the same name only. What containerd itself asks for is meant: it may even have changed the name (2.1
+/// calls a container that it creates from an archive "containerd").
+fn holds_processes_of(manifest: &Manifest, container: &ContainerRecord, meant: bool) -> bool {
     let theirs = |saved: &SavedContainer| {
         saved.named == container.named && (!saved.named || saved.name == container.name)
     };
-    !manifest.processes.is_empty() && manifest.containers.iter().all(theirs)
+    !manifest.processes.is_empty() && (meant || manifest.containers.iter().all(theirs))
 }
 
 /// A checkpoint that failed before it had begun.
 fn in_preparation(cause: impl Into<CheckpointCause>) -> CheckpointError {
     CheckpointError { phase: Phase::Prepare, cause: Box::new(cause.into()) }
+}
+
+/// Whether the image is given for this container and no other: not by an annotation, neither a path nor the name of an image, for which
+/// the shim has got a directory.
+fn is_meant(request: &PrepareRequest, spec: &Spec) -> bool {
+    let by_name = spec.annotation(RESTORE_FROM_ANNOTATION).is_some_and(|from| !from.starts_with('/'));
+    request.restore_from.is_some() && !by_name
 }
 
 /// One sandbox, by its state directory.
@@ -338,7 +347,9 @@ impl Sandbox {
         let roll_back = restarted && on_restart == OnRestart::Image;
         // First of all, so that `remove` finds whatever a crash leaves.
         locked.put_container(&record)?;
-        let processes = image.as_ref().is_some_and(|image| holds_processes_of(&image.manifest, &record));
+        let processes = image
+            .as_ref()
+            .is_some_and(|image| holds_processes_of(&image.manifest, &record, is_meant(request, &spec)));
         let prepared = self.fill(&locked, request, &mut spec, &plan, (image, roll_back), &mut record);
         if prepared.is_err()
             && let Err(error) = self.remove_locked(&locked, id)
@@ -408,7 +419,7 @@ impl Sandbox {
                 let restoring: Vec<usize> = pairs.iter().map(|(_, target)| *target).filter(fresh).collect();
                 maker.mark_restoring(&restoring, true)?;
                 // Processes that come back have their files open already.
-                let whole = holds_processes_of(&image.manifest, maker.record);
+                let whole = holds_processes_of(&image.manifest, maker.record, is_meant(request, &original));
                 let load = if whole { &Load::InPrepare } else { &request.load };
                 let restored = restore(image, &maker.targets, &pairs, spec.may_make_devices(), load)?;
                 maker.mark_restoring(&restoring, false)?;

@@ -1,8 +1,8 @@
 //! Mode `full` in a pod: a container's process goes on in another pod, with the volume that it had a file open on and the pod's shared
 //! memory that it had mapped.
 
-use stillframe_cri::{Cri, MemoryVolume, PodContainer, State};
-use stillframe_integration::{ContainerdVersion, criu};
+use stillframe_cri::{Cri, MemoryVolume, PodContainer, Registry, State};
+use stillframe_integration::{ContainerdVersion, criu, image, skip};
 
 stillframe_integration::with_every_containerd!(a_pods_process_goes_on_in_another_pod);
 
@@ -65,6 +65,48 @@ fn a_pods_process_goes_on_in_another_pod(version: &ContainerdVersion) {
     pod.remove().unwrap();
     drop(volume);
     let residue = containerd.settled_residue();
+    assert!(residue.is_empty(), "left behind:\n{residue}");
+    cri.stop().unwrap();
+}
+
+/// containerd 2.1 makes a container of an archive that is given as its image, as it does with runc.
+#[test]
+fn a_process_goes_on_in_a_container_that_is_created_from_an_archive() {
+    const TEST: &str = "a_process_goes_on_in_a_container_that_is_created_from_an_archive";
+    let Some(version) = ContainerdVersion::or_skip("2", TEST) else { return };
+    if criu::or_skip(TEST).is_none() {
+        return;
+    }
+    if version.numbers() != (2, 1) {
+        skip::skipped(TEST, &format!("containerd {:?} doesn't do it unless told to", version.numbers()));
+        return;
+    }
+    let cri = Cri::start(&version).unwrap();
+    let registry = Registry::start(cri.containerd(), image::NAME).unwrap();
+    cri.pull(&registry.name()).unwrap();
+    let archive = cri.containerd().dir().join("checkpoint.tar");
+    let count = ["probe", "count", "/cache/log", "/dev/shm/segment"];
+    let start = |name: &str, image: &str| {
+        let spec = cri.pod(name).annotation("dev.stillframe.checkpoint.mode", "full");
+        let volume = MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(16 << 20)).unwrap();
+        let pod = spec.run().unwrap();
+        let web =
+            pod.container("web").image(image).command(&count).mount(volume.path(), "/cache").start().unwrap();
+        (volume, pod, web)
+    };
+    let (volume, pod, web) = start("old", &registry.name());
+    let (token, before) = counted(&web, 20);
+    web.checkpoint(&archive).unwrap();
+    let (_, after) = counted(&web, before);
+    pod.remove().unwrap();
+    drop(volume);
+    let (volume, pod, web) = start("new", &archive.display().to_string());
+    assert_eq!(counted(&web, after + 20).0, token, "another process");
+    web.stop(0).unwrap();
+    assert_eq!(web.await_state(State::ContainerExited).unwrap().exit_code, 137);
+    pod.remove().unwrap();
+    drop(volume);
+    let residue = cri.containerd().settled_residue();
     assert!(residue.is_empty(), "left behind:\n{residue}");
     cri.stop().unwrap();
 }
