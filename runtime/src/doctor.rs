@@ -60,6 +60,7 @@ pub fn examine() -> Vec<(&'static str, Finding)> {
         ("containerd", containerd()),
         ("containerd config", configuration()),
         ("fanotify", fanotify()),
+        ("userfaultfd", userfaultfd()),
         ("io_uring", io_uring()),
         ("disk-backed scratch", disk()),
         ("CRIU", criu()),
@@ -225,6 +226,16 @@ fn fanotify() -> Finding {
             found: format!("permission events: {error}"),
             lost: "a restored container waits until all its data is back, and a saved one is frozen until all is read",
         },
+    }
+}
+
+fn userfaultfd() -> Finding {
+    if stillframe_pgalloc::can_install() {
+        return Finding::Good("gives files their pages".to_owned());
+    }
+    Finding::Missing {
+        found: "not there, or the host's pages aren't of 4 KiB".to_owned(),
+        lost: "while a file is loaded behind a container's start, its mtime is the present",
     }
 }
 
