@@ -165,7 +165,11 @@ impl Drop for Pod {
             let _ = fs::write(cgroup.join("cgroup.freeze"), "0");
             let _ = child.kill();
             let _ = child.wait();
-            let _ = fs::remove_dir(cgroup);
+            // What it had started itself may be a moment away from its end.
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while fs::remove_dir(&*cgroup).is_err() && cgroup.exists() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(2));
+            }
         }
         for id in std::mem::take(&mut self.containers) {
             self.sandbox.remove(id).unwrap();
