@@ -13,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::fanotify::{
     EventFFlags, Fanotify, FanotifyEvent, FanotifyResponse, InitFlags, MarkFlags, MaskFlags, Response,
 };
+use stillframe_runtime::freezer::{Cgroup, FREEZE_TIMEOUT};
 use stillframe_runtime::sandbox::{CheckpointCause, CheckpointRequest, Phase};
 
 #[path = "support/pod.rs"]
@@ -58,9 +59,12 @@ fn is_frozen(cgroup: &Path) -> bool {
     matches!(state.trim(), "FROZEN" | "FREEZING" | "1")
 }
 
+/// Freezes it, as runc does for a pause.
 fn freeze(cgroup: &Path) {
-    let v1 = cgroup.join("freezer.state");
-    if v1.exists() { fs::write(v1, "FROZEN") } else { fs::write(cgroup.join("cgroup.freeze"), "1") }.unwrap();
+    let v1 = cgroup.join("freezer.state").exists();
+    let cgroup = if v1 { Cgroup::V1(cgroup.to_owned()) } else { Cgroup::V2(cgroup.to_owned()) };
+    // It stays so.
+    std::mem::forget(cgroup.freeze(FREEZE_TIMEOUT).unwrap());
 }
 
 /// A pod with containers of these ids that share nothing; each has a file.
@@ -124,6 +128,12 @@ fn what_was_paused_before_a_checkpoint_was_killed_stays_paused() {
     killed_in_the_freeze(&pod, &dir.path().join("image"));
     pod.sandbox.recover().unwrap();
     assert!(is_frozen(&cgroup) && !marker(&pod).exists());
+    // Nor does a limit count that it was paused.
+    let image = dir.path().join("another");
+    let request =
+        CheckpointRequest { pause_limit: Some(Duration::ZERO), ..CheckpointRequest::new("c", image) };
+    pod.sandbox.checkpoint(&request).unwrap();
+    assert!(is_frozen(&cgroup));
 }
 
 #[test]

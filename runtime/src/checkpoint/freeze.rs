@@ -119,6 +119,8 @@ impl<'a> Freeze<'a> {
                 ours.push(*cgroup);
             }
         }
+        // What is frozen by somebody else isn't frozen for longer by this.
+        let limit = limit.filter(|_| !ours.is_empty());
         let marker = FreezeMarker { cgroups: ours.iter().copied().cloned().collect(), filesystems };
         state.put_freeze(&marker)?;
         let begun = Instant::now();
