@@ -201,6 +201,10 @@ fn take(
         None => Lives::none(&selected),
     };
 
+    if lives.rounds > 0 {
+        // So that under the freeze there are buffers, and nobody waits for the disk.
+        pages.drain().map_err(|source| pages_failed(&image.pages_path(), source))?;
+    }
     lazy::leave_cgroups(dir);
     progress.enter(Phase::Freeze);
     let cgroups: Vec<&Cgroup> = iter::once(cgroup).chain(&others).collect();
