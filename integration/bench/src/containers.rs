@@ -169,7 +169,13 @@ fn pause_ctr(results: &mut Results) -> Result<()> {
         .annotation("dev.stillframe.precopy", "on")
         .start()?;
     let state = Path::new("/run/stillframe").join(containerd.namespace()).join(container.id());
-    let mount = state.join(format!("filesystems/{}.0/mnt", container.id()));
+    // Among those that ctr gives every container.
+    let mounts = fs::read_dir(state.join("filesystems"))?.flatten().map(|entry| entry.path().join("mnt"));
+    let mut large = mounts.filter(|mount| {
+        rustix::fs::statvfs(mount)
+            .is_ok_and(|filesystem| filesystem.f_blocks * filesystem.f_frsize == 8 << 30)
+    });
+    let mount = large.next().ok_or("the container has no filesystem of 8 GiB")?;
     data::many(&mount, 100_000, 21_474)?;
     data::large(&mount, 2 << 30)?;
     let mut meter = container.exec_background(&["probe", "pause-meter"])?;
@@ -180,11 +186,14 @@ fn pause_ctr(results: &mut Results) -> Result<()> {
         let figure = line.trim_start_matches("pause_ms=").split(' ').next().and_then(|ms| ms.parse().ok());
         figure.ok_or_else(|| "the meter said no pause".into())
     };
+    let mut number = 0;
     let measure = || {
         // What the scheduler does anyway is forgotten.
         ask()?;
-        containerd.checkpoint(container.id(), "localhost/bench:1")?;
+        number += 1;
+        containerd.checkpoint(container.id(), &format!("localhost/bench:{number}"))?;
         let pause = ask()?;
+        eprintln!("bench:   {:?}", containerd.last_checkpoint(container.id())?);
         fs::remove_dir_all(&pages)?;
         Ok(pause)
     };

@@ -6,6 +6,7 @@
 //! It is bounded: copying ends after [`LONGEST`], and then nothing was copied; what is written is at most some times what the
 //! filesystems hold (`lives.rs`).
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
@@ -83,9 +84,14 @@ impl Ahead {
                 .spawn_scoped(scope, watch)
                 .map_err(CheckpointCause::Thread)?;
             let lives = Lives::copy(&selected, &views, &pages, &path);
+            let written = pages.drain();
             drop(done);
-            lives
+            written.map_err(|source| pages_failed(&path, source)).and(lives)
         })?;
+        // What is durable before the pause needn't be made so in it. If it can't be, the commit says why.
+        if let Err(error) = File::open(&path).and_then(|file| file.sync_all()) {
+            tracing::debug!(%error, "the pages file isn't durable before the pause");
+        }
         let filesystems = selected.into_iter().map(|selected| selected.name).collect();
         Ok(Some(Self { container: id.to_owned(), pages_dir, filesystems, lives, pages, path }))
     }
