@@ -1,6 +1,6 @@
 //! Restoring behind the start, as a container of containerd's sees it: nobody reads what isn't there, whatever dies.
 
-use stillframe_integration::{Container, Containerd, compare};
+use stillframe_integration::{Background, Container, Containerd, compare};
 
 const CHECKPOINT: &str = "stillframe.test/checkpoint:1";
 
@@ -105,5 +105,39 @@ fn containers_that_are_paused_killed_and_removed_while_they_are_loaded() {
     let container = last.annotation("dev.stillframe.restore-from", &image).start().unwrap();
     assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
     container.remove().unwrap();
+    nothing_left(&containerd);
+}
+
+/// Whether this process, and so those that it starts, has CAP_SYS_RESOURCE.
+fn may_lower_oom_score() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    u64::from_str_radix(effective.trim(), 16).unwrap() & 1 << 24 != 0
+}
+
+#[test]
+fn an_image_that_exceeds_the_memory_limit_ends_the_container() {
+    let containerd = Containerd::start().unwrap();
+    saved(&containerd);
+    let image = containerd.dir().join("image");
+    containerd.unpack_checkpoint(CHECKPOINT, &image).unwrap();
+    let spec = containerd.container("r").tmpfs("/scratch", "size=200m").option("--memory-limit=50000000");
+    let events = Background::start(&mut containerd.ctr().command(&["events"])).unwrap();
+    let mut events = events;
+    let container = spec.annotation("dev.stillframe.restore-from", &image.to_string_lossy()).start().unwrap();
+    // As if it had written as much itself.
+    events.expect_line("an out-of-memory event", |line| line.contains("/tasks/oom")).unwrap();
+    if may_lower_oom_score() {
+        container.await_status("STOPPED").unwrap();
+    } else {
+        // Without CAP_SYS_RESOURCE the loader can't be kept from being the victim itself.
+        let words = ["wait", "--restored", "--namespace", containerd.namespace(), container.id()];
+        let error = containerd.stillframe(&words).unwrap_err();
+        assert!(error.stderr.contains("memory limit too small"), "{error}");
+        let error = container.shell("cat /scratch/* > /dev/null").unwrap_err();
+        assert!(error.stderr.contains("Input/output error"), "{error}");
+    }
+    container.remove().unwrap();
+    drop(events);
     nothing_left(&containerd);
 }

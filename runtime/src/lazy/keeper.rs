@@ -2,8 +2,8 @@
 //!
 //! States: closing the gate -> (`ready` on its standard output) -> doing what a loader's messages ask for -> end with the loader.
 //! A loader that ends without success is followed by another, which has the same descriptors by the same numbers; the
-//! gate stays closed meanwhile. After [`MAX_DEATHS`] in a row without progress the keeper only waits: who opens a file waits with
-//! it until the container is removed.
+//! gate stays closed meanwhile. After [`MAX_DEATHS`] in a row without progress (what it writes exceeds the container's memory limit,
+//! and it may not lower its own oom_score_adj) the files that are missing give EIO.
 //!
 //! It reads no byte of the image and writes none: what can kill the loader shouldn't reach it. And it stays in the cgroup that it was
 //! started in, so that what it has the kernel read of the image is charged there.
@@ -26,7 +26,7 @@ use stillframe_tmpfs::mount::open_root;
 
 use super::channel::{self, Message};
 use super::doors::{Door, Doors};
-use super::files::{self, Processes, Progress};
+use super::files::{self, FAILED, LoadPhase, Processes, Progress};
 use super::{ARGUMENT, LazyError, at, control, loader};
 use crate::process;
 
@@ -89,6 +89,9 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
             loader = Some(keeper.start_loader()?);
         }
     }
+    keeper.give_up().map_err(&failed)?;
+    rustix::fs::flock(&*lock, rustix::fs::FlockOperation::Unlock).map_err(|error| failed(error.into()))?;
+    // Who opens one of them is still to be told.
     loop {
         std::thread::park();
     }
@@ -203,6 +206,24 @@ impl Keeper<'_> {
             forgotten?;
         }
         Ok(())
+    }
+
+    /// Says of all that isn't loaded that it can't be.
+    fn give_up(&mut self) -> io::Result<()> {
+        let what = "the process that loads the files has died again and again: is the container's memory limit too small?";
+        files::put_error(self.directory, 0, what);
+        let Some(progress) = Progress::open(self.directory).map_err(io::Error::other)? else { return Ok(()) };
+        for index in 0..self.held.len() {
+            if self.held[index].is_some() {
+                progress.put_state(index, FAILED)?;
+                self.settle(index, false)?;
+            }
+        }
+        let mut header = progress.header()?;
+        header.phase = LoadPhase::Done as u64;
+        header.waiting_files = 0;
+        header.failed_files = header.files - header.loaded_files.min(header.files);
+        progress.put_header(&header)
     }
 
     fn loaded(&self) -> u64 {
