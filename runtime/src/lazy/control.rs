@@ -8,12 +8,16 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::files::SOCKET;
 use super::{LazyError, at};
 use crate::state::InitRecord;
+
+/// How long a loader may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a loader is asked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -39,6 +43,9 @@ pub(crate) fn ask(directory: &Path, request: &Request) -> Result<Reply, LazyErro
     let failed = at("ask the loader at", directory);
     let (_open, path) = address(directory).map_err(&failed)?;
     let mut stream = UnixStream::connect(path).map_err(&failed)?;
+    // A loader that waits for a disk is killed then.
+    let patience = matches!(request, Request::Stop).then_some(STOP_TIMEOUT);
+    stream.set_read_timeout(patience).map_err(&failed)?;
     send(&mut stream, request).map_err(&failed)?;
     match receive(&stream).map_err(&failed)? {
         Some(reply) => Ok(reply),

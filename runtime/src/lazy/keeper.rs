@@ -89,6 +89,8 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
             loader = Some(keeper.start_loader()?);
         }
     }
+    // Nobody answers there any more.
+    drop(listener);
     keeper.give_up().map_err(&failed)?;
     rustix::fs::flock(&*lock, rustix::fs::FlockOperation::Unlock).map_err(|error| failed(error.into()))?;
     // Who opens one of them is still to be told.
