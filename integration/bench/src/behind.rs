@@ -64,12 +64,6 @@ fn run_container<'a>(
     Ok((taken, container.expect("it was started")))
 }
 
-fn mount(containerd: &Containerd, container: &Container<'_>) -> PathBuf {
-    let id = container.id();
-    let state = Path::new(stillframe_runtime::state::STATE_ROOT).join(containerd.namespace());
-    state.join(id).join("filesystems").join(format!("{id}.0/mnt"))
-}
-
 fn await_load(containerd: &Containerd, container: &Container<'_>) -> Result<()> {
     containerd.stillframe(&["wait", "--restored", "--namespace", containerd.namespace(), container.id()])?;
     Ok(())
@@ -145,8 +139,8 @@ fn start_small(results: &mut Results) -> Result<()> {
                 Box::new(|| {
                     let (taken, container) = run_container(&containerd, Some(&image), "lazy")?;
                     let number = (first_read.len() * 7919 + 12_345) % SMALL;
-                    let path =
-                        mount(&containerd, &container).join(format!("{:04}/file-{number}", number / 100));
+                    let pid = container.pid()?.ok_or("the container has no process")?;
+                    let path = format!("/proc/{pid}/root/scratch/{:04}/file-{number}", number / 100);
                     let mut bytes = Vec::new();
                     first_read.push(seconds(|| {
                         File::open(&path)?.read_to_end(&mut bytes)?;
