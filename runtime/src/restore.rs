@@ -14,87 +14,24 @@
 //! What was saved on disk and goes to disk is loaded as a whole; everything else goes through its tree, on
 //! whatever medium it was.
 
+mod error;
+
 use std::path::{Path, PathBuf};
 
 use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadOptions, MemoryFile, PrivateMemoryFileMeta};
-use stillframe_tmpfs::build::{
-    BuildError, BuildOptions, build_names, build_tree, check_tree, takes_huge_pages,
-};
+use stillframe_tmpfs::build::{BuildOptions, build_names, build_tree, check_tree, takes_huge_pages};
 use stillframe_tmpfs::entry::Tree;
 use stillframe_tmpfs::filestore::{self, FilestoreError, Root};
 use stillframe_tmpfs::lazy::PendingFile;
-use stillframe_tmpfs::mount::{DefaultMode, MountError, TmpfsMount, open_root, open_view, unmount, usage};
+use stillframe_tmpfs::mount::{DefaultMode, TmpfsMount, open_root, open_view, unmount, usage};
 use stillframe_tmpfs::options::TmpfsOptions;
-use stillframe_tmpfs::private::{self, PrivateError};
+use stillframe_tmpfs::private::{self};
 use stillframe_tmpfs::{Ids, ResourceId};
 
-use crate::image::{Image, ImageError};
-use crate::lazy::{self, LazyError, Load};
+use crate::image::Image;
+use crate::lazy::{self, Load};
 use crate::manifest::{Manifest, Offsets, PrivateFormat};
-
-/// Why an image couldn't be restored.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// The image can't be used.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// A tree and its private MemoryFile contradict each other.
-    #[error("the filesystem {id} of the image {image}")]
-    Private {
-        /// Its ResourceID in the image.
-        id: ResourceId,
-        /// The image directory.
-        image: PathBuf,
-        /// How.
-        #[source]
-        source: PrivateError,
-    },
-    /// The new filesystem couldn't be looked into.
-    #[error("open the new filesystem {id}")]
-    Open {
-        /// Its ResourceID.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: MountError,
-    },
-    /// A tree doesn't fit, or couldn't be built.
-    #[error("restore the filesystem {id}")]
-    Build {
-        /// Its ResourceID.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: BuildError,
-    },
-    /// A filestore couldn't be replaced by the saved one.
-    #[error("restore the filesystem {id} on disk")]
-    Filestore {
-        /// Its ResourceID.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: Box<FilestoreError>,
-    },
-    /// Loading behind the start couldn't begin.
-    #[error("load the contents of {id}")]
-    Behind {
-        /// Its ResourceID.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: LazyError,
-    },
-    /// The pages couldn't be loaded.
-    #[error("load {path}")]
-    Load {
-        /// The pages file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: LoadError,
-    },
-}
+pub use crate::restore::error::RestoreError;
 
 /// What was restored.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,5 +1,7 @@
 //! Restoring behind the start: nobody reads a byte that isn't there, whatever happens to those who load.
 
+#[path = "support/behind.rs"]
+mod behind;
 #[path = "support/pod.rs"]
 mod pod;
 
@@ -13,27 +15,15 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
+use behind::{contents, lazy_pod, pod_with, sleep};
 use pod::Pod;
-use stillframe_runtime::sandbox::{Load, LoadPhase, LoadStatus};
+use stillframe_runtime::sandbox::{LoadPhase, LoadStatus};
 
 const CONFIG: &str = r#""root": {"path": "rootfs"}, "mounts": [
     {"destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["size=256m"]}]"#;
 const LARGE: usize = 24;
 const SMALL: usize = 300;
 const LARGE_SIZE: usize = (1 << 20) + 77;
-
-/// Contents by name: no two files have a page in common.
-fn contents(name: &str, size: usize) -> Vec<u8> {
-    let mut seed =
-        name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-    let mut bytes = Vec::with_capacity(size + 8);
-    while bytes.len() < size {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        bytes.extend_from_slice(&(seed ^ seed >> 29).to_le_bytes());
-    }
-    bytes.truncate(size);
-    bytes
-}
 
 fn large(index: usize) -> String {
     format!("dir{}/large{index}", index % 3)
@@ -90,16 +80,6 @@ fn save() -> Saved {
     Saved { dir, image, attributes }
 }
 
-fn lazy_pod() -> Pod {
-    pod_with(env!("CARGO_BIN_EXE_stillframe"), false)
-}
-
-fn pod_with(program: &str, eager: bool) -> Pod {
-    let mut pod = Pod::new();
-    pod.load = Load::Apart { program: program.into(), eager };
-    pod
-}
-
 fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
     let (done, result) = mpsc::channel();
     thread::spawn(move || done.send(work()));
@@ -154,12 +134,6 @@ fn loaded(pod: &Pod) -> LoadStatus {
     let status = pod.sandbox.await_load("c").unwrap();
     assert_eq!(status.len(), 1);
     status.into_iter().next().unwrap().1
-}
-
-fn sleep() -> Command {
-    let mut command = Command::new("sleep");
-    command.arg("1000");
-    command
 }
 
 #[test]
@@ -507,84 +481,4 @@ fn an_error_of_the_program_is_told() {
     assert!(error.contains("/bin/false ended with exit status: 1"), "{error}");
     let error: io::Error = File::open(pod.mount("c.0")).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::NotFound);
-}
-
-#[test]
-fn a_container_that_restarts_gets_what_is_asked_for() {
-    let config = |volume: &Path, on_restart: &str| {
-        format!(
-            r#""root": {{"path": "rootfs"}}, "annotations": {{"io.kubernetes.cri.container-name": "web"{on_restart}}}, "mounts": [
-               {{"destination": "/own", "type": "tmpfs", "source": "tmpfs", "options": ["size=8m"]}},
-               {{"destination": "/cache", "type": "bind", "source": "{}", "options": ["rbind"]}},
-               {{"destination": "/other", "type": "bind", "source": "{}", "options": ["rbind"]}}]"#,
-            volume.display(),
-            volume.with_file_name("other").display(),
-        )
-    };
-    let node = tempfile::tempdir().unwrap();
-    let volume = |uid: &str| {
-        let volumes = node.path().join(format!("pods/{uid}/volumes/kubernetes.io~empty-dir"));
-        for name in ["cache", "other"] {
-            fs::create_dir_all(volumes.join(name)).unwrap();
-            let mount = ["-t", "tmpfs", "-o", "size=8m", "tmpfs"];
-            assert!(Command::new("mount").args(mount).arg(volumes.join(name)).status().unwrap().success());
-        }
-        volumes.join("cache")
-    };
-    let unmount = |volume: &Path| {
-        for path in [volume.to_owned(), volume.with_file_name("other")] {
-            assert!(Command::new("umount").arg(path).status().unwrap().success());
-        }
-    };
-    let old = volume("old");
-    let image = node.path().join("image");
-    {
-        let mut pod = Pod::new();
-        pod.running("c", &config(&old, ""));
-        fs::write(pod.mount("c.0").join("file"), contents("own", 100_000)).unwrap();
-        fs::write(old.join("file"), contents("cache", 100_000)).unwrap();
-        pod.checkpoint("c", &image, &["/own", "/cache"]).unwrap();
-    }
-    unmount(&old);
-    for (on_restart, own, cache) in [
-        ("", Some("own"), "changed"),
-        (r#", "dev.stillframe.restore.on-restart": "keep""#, Some("own"), "changed"),
-        (r#", "dev.stillframe.restore.on-restart": "image""#, Some("own"), "cache"),
-        (r#", "dev.stillframe.restore.on-restart": "empty""#, None, "changed"),
-    ] {
-        let new = volume("new");
-        {
-            let mut pod = lazy_pod();
-            // The pod's own container keeps the sandbox.
-            pod.running("pause", r#""root": {"path": "rootfs"}, "mounts": []"#);
-            let config = config(&new, on_restart);
-            pod.prepare("first", &config, Some(&image)).unwrap();
-            pod.start("first", &mut sleep());
-            for (_, status) in pod.sandbox.await_load("first").unwrap() {
-                assert_eq!(status.loaded_files, 1);
-            }
-            assert!(fs::read(pod.mount("first.0").join("file")).unwrap() == contents("own", 100_000));
-            assert!(fs::read(new.join("file")).unwrap() == contents("cache", 100_000));
-            for (path, name) in [(pod.mount("first.0"), "changed"), (new.clone(), "changed")] {
-                fs::write(path.join("file"), contents(name, 100_000)).unwrap();
-            }
-            fs::write(new.with_file_name("other").join("file"), "not in the image").unwrap();
-            pod.remove("first");
-            pod.prepare("second", &config, Some(&image)).unwrap();
-            pod.start("second", &mut sleep());
-            pod.sandbox.await_load("second").unwrap();
-            let file = fs::read(pod.mount("second.0").join("file")).ok();
-            assert!(file == own.map(|name| contents(name, 100_000)), "own, {on_restart}");
-            assert!(fs::read(new.join("file")).unwrap() == contents(cache, 100_000), "cache, {on_restart}");
-            let other = fs::read_to_string(new.with_file_name("other").join("file")).unwrap();
-            assert_eq!(other, "not in the image");
-        }
-        unmount(&new);
-    }
-    let error = lazy_pod().prepare(
-        "c",
-        r#""mounts": [], "annotations": {"dev.stillframe.restore.on-restart": "never"}"#,
-        None,
-    );
-    assert!(error.unwrap_err().contains("\"never\": give keep, image or empty"));
 }

@@ -1,0 +1,262 @@
+//! What a loader loads, in which order, and what is done with a file that is complete.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use stillframe_pgalloc::{AsyncPagesFileLoad, DigestTable, LoadError, LoadOptions, LoadTarget};
+use stillframe_tmpfs::lazy::{Loading, PendingFile, gate};
+
+use super::{Keeper, Loader, Stage, State};
+use crate::cli::chain;
+use crate::lazy::LoadPhase;
+use crate::lazy::channel::{self, Message};
+use crate::lazy::control::{self, Reply};
+use crate::lazy::files::{FAILED, LOADED, LOADING};
+
+/// Bytes of large files that are on their way without anybody waiting for them: what a wanted one has to wait for.
+const AHEAD: u64 = 16 << 20;
+/// Bytes of the pages file that are read ahead of the page loaders, into the page cache.
+const READ_AHEAD: u64 = 8 << 20;
+/// Small files that are given to the page loaders at once.
+const BATCH: usize = 128;
+
+impl Loader {
+    /// Loads from the pages file, which the keeper reads ahead.
+    pub(super) fn load_pages(
+        self: &Arc<Self>,
+        pages: File,
+        digests: &DigestTable,
+    ) -> Result<AsyncPagesFileLoad, LoadError> {
+        let loader = Arc::downgrade(self);
+        let ahead = Mutex::new(0..0);
+        let before_read = move |offset: u64, length: u64| {
+            let mut ahead = ahead.lock().unwrap_or_else(PoisonError::into_inner);
+            if ahead.contains(&offset) && offset + length <= ahead.end {
+                return;
+            }
+            *ahead = offset..offset + length.max(READ_AHEAD);
+            let Some(loader) = loader.upgrade() else { return };
+            let keeper = loader.keeper.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Keeper::Alive(channel, _) = &*keeper {
+                // If it is dead that is found out when a file is settled.
+                let _ = channel::call(channel, Message::ReadAhead { offset, length: ahead.end - offset });
+            }
+        };
+        let options = LoadOptions { before_read: Some(Arc::new(before_read)), ..LoadOptions::default() };
+        AsyncPagesFileLoad::new(pages, digests.clone(), options)
+    }
+
+    /// The feeder's work.
+    pub(super) fn feed(
+        self: &Arc<Self>,
+        small: Vec<PendingFile>,
+        pages: &File,
+        digests: &DigestTable,
+        large: &AsyncPagesFileLoad,
+    ) {
+        let mut state = self.lock();
+        let begun = state.header.phase().is_some_and(|phase| phase >= LoadPhase::Large);
+        while state.joined.is_none() && !state.stopping {
+            state = self.wait(state);
+        }
+        if state.stopping {
+            return;
+        }
+        if !begun {
+            state.header.phase = LoadPhase::Small as u64;
+            let open: Vec<usize> =
+                (0..state.stages.len()).filter(|index| matches!(state.stages[*index], Stage::Open)).collect();
+            drop(state);
+            let files = small.iter().chain(open.iter().map(|index| &self.large[*index]));
+            let loaded = pages
+                .try_clone()
+                .map_err(|error| error.to_string())
+                .and_then(|pages| self.load_small(files, pages, digests));
+            state = self.lock();
+            if let Err(error) = loaded {
+                if let Some((Some(mut stream), _)) = state.joined.take() {
+                    let _ = control::send(&mut stream, &Reply::Failed { error });
+                }
+                return;
+            }
+            let files = || small.iter().chain(open.iter().map(|index| &self.large[*index]));
+            state.header.loaded_files += files().count() as u64;
+            state.header.loaded_bytes += files().map(PendingFile::bytes).sum::<u64>();
+            for index in open {
+                state.stages[index] = Stage::Loaded;
+                self.note(index, LOADED);
+            }
+            state.header.phase = LoadPhase::Large as u64;
+            self.put_header(&state);
+        }
+        self.reply(&mut state, false);
+        loop {
+            while state.ahead >= AHEAD && !state.stopping {
+                state = self.wait(state);
+            }
+            if state.stopping {
+                return;
+            }
+            let Some(index) = state.schedule.pop() else { break };
+            drop(state);
+            self.load(index, large, false);
+            state = self.lock();
+        }
+        while state.stages.iter().any(|stage| matches!(stage, Stage::Pending(_) | Stage::Loading)) {
+            if state.stopping {
+                return;
+            }
+            state = self.wait(state);
+        }
+        state.header.phase = LoadPhase::Done as u64;
+        self.put_header(&state);
+        self.reply(&mut state, true);
+        drop(state);
+        self.wake_main();
+    }
+
+    /// Answers who has told that the container has joined, if that is to be done now.
+    fn reply(&self, state: &mut State, all: bool) {
+        if let Some((stream, wanted)) = &mut state.joined
+            && *wanted == all
+            && let Some(mut stream) = stream.take()
+        {
+            let failed = all && state.header.failed_files > 0;
+            let reply = if failed {
+                let errors = self.progress.read().map(|status| status.errors).unwrap_or_default();
+                let first = errors.into_iter().next().unwrap_or_else(|| "no reason is known".to_owned());
+                let files = state.header.failed_files;
+                Reply::Failed { error: format!("{files} files can't be loaded, the first because: {first}") }
+            } else {
+                Reply::Done
+            };
+            // Who has asked may be gone.
+            let _ = control::send(&mut stream, &reply);
+        }
+    }
+
+    fn load_small<'a>(
+        self: &Arc<Self>,
+        files: impl Iterator<Item = &'a PendingFile>,
+        pages: File,
+        digests: &DigestTable,
+    ) -> Result<(), String> {
+        let load = self.load_pages(pages, digests).map_err(|error| chain(&error))?;
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut enqueued = Ok(());
+        for pending in files {
+            let opened = pending.open(&self.root);
+            let file = opened.map_err(|error| format!("open a restored file: {error}"))?;
+            // Nobody has it yet: it is as it was saved.
+            let begun = Loading::again(pending);
+            batch.push(LoadTarget {
+                on_loaded: Some(Box::new(move |file| begun.complete(file))),
+                ..LoadTarget::new(Arc::new(file), pending.extents())
+            });
+            if batch.len() == BATCH {
+                enqueued = load.load_ranges_into(std::mem::take(&mut batch));
+                if enqueued.is_err() {
+                    break;
+                }
+            }
+        }
+        let enqueued = enqueued.and_then(|()| load.load_ranges_into(batch));
+        // The load's own error is the cause.
+        let loaded = load.finish().map(drop).and(enqueued);
+        loaded.map_err(|error| format!("load {}: {}", self.pages_path.display(), chain(&error)))
+    }
+
+    /// Begins to load a large file, which nobody else does.
+    pub(super) fn load(self: &Arc<Self>, index: usize, pages: &AsyncPagesFileLoad, urgent: bool) {
+        let pending = &self.large[index];
+        let mut state = self.lock();
+        let stage = &mut state.stages[index];
+        let Stage::Pending(file) = std::mem::replace(stage, Stage::Loading) else {
+            unreachable!("only what is pending is scheduled")
+        };
+        state.ahead += pending.bytes();
+        let interrupted = state.interrupted[index];
+        if urgent {
+            state.header.waiting_files += 1;
+            self.put_header(&state);
+        }
+        drop(state);
+        let settle = Settle { loader: self.clone(), index, urgent, loaded: Arc::new(AtomicBool::new(false)) };
+        let begun = match (self.quiet, interrupted) {
+            (true, _) => Ok(None),
+            (false, true) => Ok(Some(Loading::again(pending))),
+            (false, false) => Loading::begin(pending, &file).map(Some),
+        };
+        let begun = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.put_error(index, &error.to_string());
+                drop(file);
+                settle.run();
+                return;
+            }
+        };
+        self.note(index, LOADING);
+        let (loaded, completing, failing) = (settle.loaded.clone(), self.clone(), self.clone());
+        let size = pending.size;
+        let target = LoadTarget {
+            on_loaded: Some(Box::new(move |file| {
+                // Its lease may have been broken after all: /proc/sys/fs/lease-break-time.
+                if file.metadata()?.len() != size {
+                    return Err(io::Error::other("it was truncated while it was loaded"));
+                }
+                begun.map_or(Ok(()), |begun| begun.complete(file))?;
+                // Before the lease is released: once it is truncated it must not be loaded again.
+                completing.note(index, LOADED);
+                loaded.store(true, Ordering::Release);
+                gate::release(file)
+            })),
+            on_failed: Some(Box::new(move |error: LoadError| {
+                failing
+                    .put_error(index, &format!("load {}: {}", failing.pages_path.display(), chain(&error)));
+            })),
+            on_closed: Some(Box::new(move || settle.run())),
+            quiet: self.quiet,
+            ..LoadTarget::new(Arc::new(file), pending.extents())
+        };
+        // If the load has ended, the target is dropped and so fails.
+        let _ =
+            if urgent { pages.load_ranges_next(vec![target]) } else { pages.load_ranges_into(vec![target]) };
+    }
+}
+
+/// What is left to do when the load has let go of a large file.
+struct Settle {
+    loader: Arc<Loader>,
+    index: usize,
+    urgent: bool,
+    loaded: Arc<AtomicBool>,
+}
+
+impl Settle {
+    fn run(self) {
+        let Self { loader, index, urgent, loaded } = self;
+        let loaded = loaded.load(Ordering::Acquire);
+        loader.settle_at_gate(index, loaded);
+        let bytes = loader.large[index].bytes();
+        let mut state = loader.lock();
+        state.ahead -= bytes;
+        state.header.waiting_files -= u64::from(urgent);
+        if loaded {
+            state.stages[index] = Stage::Loaded;
+            state.header.loaded_files += 1;
+            state.header.loaded_bytes += bytes;
+        } else {
+            state.stages[index] = Stage::Failed;
+            state.header.failed_files += 1;
+        }
+        if !loaded {
+            loader.note(index, FAILED);
+        }
+        loader.put_header(&state);
+        drop(state);
+        loader.changed.notify_all();
+    }
+}
