@@ -146,15 +146,12 @@ pub(crate) fn start(
     BufReader::new(output).read_line(&mut answer).map_err(failed)?;
     match answer.trim_end() {
         keeper::READY => Ok(()),
-        told => {
-            let status = child.wait().map_err(failed)?;
-            let told = if told.is_empty() {
-                format!("{} ended with {status}", program.display())
-            } else {
-                told.to_owned()
-            };
-            Err(LazyError::Told(told))
+        "" => {
+            // In a shim somebody else may have asked for its end already.
+            let ended = child.wait().map_or_else(|_| "early".to_owned(), |status| format!("with {status}"));
+            Err(LazyError::Told(format!("{} ended {ended}", program.display())))
         }
+        told => Err(LazyError::Told(told.to_owned())),
     }
 }
 
