@@ -190,6 +190,13 @@ impl Containerd {
         }
     }
 
+    /// Nothing is left of any container: see [`Self::settled_residue`].
+    #[track_caller]
+    pub fn assert_nothing_left(&self) {
+        let residue = self.settled_residue();
+        assert!(residue.is_empty(), "left behind:\n{residue}");
+    }
+
     /// The processes of shims (not of their containers), by the name of their program.
     pub fn shims(&self) -> Vec<residue::Process> {
         let mut all = descendants(self.watchdog);

@@ -27,7 +27,7 @@ pub use config::Services;
 pub use container::{Container, ContainerSpec};
 pub use containerd::Containerd;
 pub use ctr::{Background, Ctr, CtrError};
-pub use listing::{Difference, Listing, compare};
+pub use listing::{Difference, Listing, assert_same, compare};
 pub use residue::Residue;
 pub use version::ContainerdVersion;
 

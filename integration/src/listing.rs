@@ -127,6 +127,14 @@ impl fmt::Display for Difference {
     }
 }
 
+/// There is no difference; else the first ones are shown.
+#[track_caller]
+pub fn assert_same(what: &str, before: &Listing, after: &Listing) {
+    let differences: Vec<_> = compare(before, after).iter().map(ToString::to_string).collect();
+    let shown = differences.iter().take(40).cloned().collect::<Vec<_>>().join("\n");
+    assert!(differences.is_empty(), "{what}: {} differences\n{shown}", differences.len());
+}
+
 /// All differences, by path.
 pub fn compare(before: &Listing, after: &Listing) -> Vec<Difference> {
     let mut differences = Vec::new();

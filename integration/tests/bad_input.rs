@@ -45,12 +45,6 @@ fn names(error: &CtrError, words: &[&str]) {
     assert!(!error.stderr.contains("panicked"), "{error}");
 }
 
-#[track_caller]
-fn nothing_left(containerd: &Containerd) {
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
-}
-
 #[test]
 fn where_the_image_can_not_go() {
     let containerd = Containerd::start().unwrap();
@@ -100,7 +94,7 @@ fn where_the_image_can_not_go() {
     containerd.stillframe(&["inspect", &dir("good/deep").to_string_lossy()]).unwrap();
     untouched(&container, &before);
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 /// containerd's own disk: where the shim writes for it, and where it stores that.
@@ -126,7 +120,7 @@ fn where_containerds_disk_is_full() {
     let container = Container::restore(&containerd, "r", BAD).unwrap();
     assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 #[test]
@@ -167,7 +161,7 @@ fn what_can_not_be_saved() {
     stopped.remove().unwrap();
     assert!(!dir.join("manifest.json").exists());
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 /// Restores and has to fail; then nothing may be left.
@@ -180,7 +174,7 @@ fn refused(containerd: &Containerd, image: &str) -> CtrError {
     if containerd.ctr().run(&["containers", "info", &id]).is_ok() {
         containerd.ctr().run(&["containers", "delete", &id]).unwrap();
     }
-    nothing_left(containerd);
+    containerd.assert_nothing_left();
     error
 }
 
@@ -228,7 +222,7 @@ fn images_that_can_not_be_restored() {
     let container = Container::restore(&containerd, "r", BAD).unwrap();
     assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 #[test]

@@ -16,12 +16,6 @@ fn saved(containerd: &Containerd) -> stillframe_integration::Listing {
     listing
 }
 
-#[track_caller]
-fn nothing_left(containerd: &Containerd) {
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
-}
-
 fn wait(containerd: &Containerd, id: &str) -> String {
     containerd
         .stillframe(&["wait", "--restored", "--json", "--namespace", containerd.namespace(), id])
@@ -45,7 +39,7 @@ fn a_restored_container_sees_everything_from_its_first_moment() {
         let status: serde_json::Value = serde_json::from_str(&wait(&containerd, container.id())).unwrap();
         assert_eq!((status[0]["phase"].as_str(), status[0]["files"].as_u64()), (Some("done"), Some(121)));
         container.remove().unwrap();
-        nothing_left(&containerd);
+        containerd.assert_nothing_left();
     }
 }
 
@@ -75,7 +69,7 @@ fn a_shim_that_is_killed_meanwhile_stops_nothing() {
         }
     }
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 #[test]
@@ -93,7 +87,7 @@ fn containers_that_are_paused_killed_and_removed_while_they_are_loaded() {
     for round in 0..3 {
         Container::restore(&containerd, &format!("gone{round}"), CHECKPOINT).unwrap().remove().unwrap();
     }
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     // A checkpoint of one that isn't loaded yet holds all of it.
     let container = Container::restore(&containerd, "again", CHECKPOINT).unwrap();
     let image = containerd.dir().join("image").to_string_lossy().into_owned();
@@ -105,7 +99,7 @@ fn containers_that_are_paused_killed_and_removed_while_they_are_loaded() {
     let container = last.annotation("dev.stillframe.restore-from", &image).start().unwrap();
     assert_eq!(compare(&before, &container.list("/scratch").unwrap()), []);
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 /// Whether this process, and so those that it starts, has CAP_SYS_RESOURCE.
@@ -139,5 +133,5 @@ fn an_image_that_exceeds_the_memory_limit_ends_the_container() {
     }
     container.remove().unwrap();
     drop(events);
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }

@@ -3,22 +3,9 @@
 
 use std::path::PathBuf;
 
-use stillframe_integration::{Container, ContainerSpec, Containerd, Listing, binaries, compare, ctr, skip};
+use stillframe_integration::{Container, ContainerSpec, Containerd, assert_same, binaries, ctr, skip};
 
 const CHECKPOINT: &str = "stillframe.test/checkpoint:1";
-
-#[track_caller]
-fn same(what: &str, before: &Listing, after: &Listing) {
-    let differences: Vec<_> = compare(before, after).iter().map(ToString::to_string).collect();
-    let shown = differences.iter().take(40).cloned().collect::<Vec<_>>().join("\n");
-    assert!(differences.is_empty(), "{what}: {} differences\n{shown}", differences.len());
-}
-
-#[track_caller]
-fn nothing_left(containerd: &Containerd) {
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
-}
 
 fn privileged<'a>(containerd: &'a Containerd, name: &str) -> ContainerSpec<'a> {
     containerd.container(name).option("--cap-add=CAP_SYS_ADMIN").option("--cap-add=CAP_LINUX_IMMUTABLE")
@@ -58,24 +45,24 @@ fn a_real_tree_survives_its_container() {
     // The original runs on, unchanged, and isn't frozen.
     assert_eq!(container.status().unwrap().as_deref(), Some("RUNNING"));
     for (dir, before) in dirs.iter().zip(&before) {
-        same(&format!("{dir} of the original"), before, &container.list(dir).unwrap());
+        assert_same(&format!("{dir} of the original"), before, &container.list(dir).unwrap());
     }
     let saved = containerd.last_checkpoint(container.id()).unwrap();
     assert_eq!(saved.filesystems.len(), 3, "{saved:?}");
     assert!(saved.pages_bytes > 20_000_000 && saved.frozen_ms > 0.0, "{saved:?}");
     drop(hold);
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 
     let container = Container::restore(&containerd, "restored", CHECKPOINT).unwrap();
     for (dir, before) in dirs.iter().zip(&before) {
-        same(&format!("{dir} restored"), before, &container.list(dir).unwrap());
+        assert_same(&format!("{dir} restored"), before, &container.list(dir).unwrap());
     }
     // It is of use: writable, with its limit.
     container.shell("echo x > /scratch/new && rm /scratch/new").unwrap();
     assert!(container.shell("df -m /scratch | grep -q '256 '").is_ok());
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     containerd.stop().unwrap();
 }
 
@@ -100,9 +87,9 @@ fn what_the_guest_mounts_hides_nothing_and_is_not_saved() {
     assert!(seen.contains("covered/hidden"), "{seen}");
     assert!(!seen.contains("guest-"), "{seen}");
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     let container = Container::restore(&containerd, "restored", CHECKPOINT).unwrap();
-    same("/scratch", &before, &container.list("/scratch").unwrap());
+    assert_same("/scratch", &before, &container.list("/scratch").unwrap());
     container.remove().unwrap();
 }
 
@@ -152,7 +139,7 @@ fn a_checkpoint_is_of_one_moment() {
         assert!((20..=at_most).contains(&numbers[1]), "{numbers:?}, afterwards {at_most}");
         container.remove().unwrap();
     }
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 #[test]
@@ -167,12 +154,12 @@ fn a_restored_container_can_be_saved_and_restored_again() {
     for generation in 1..4 {
         let old = format!("stillframe.test/generation:{}", generation - 1);
         let container = Container::restore(&containerd, &format!("c{generation}"), &old).unwrap();
-        same(&format!("generation {generation}"), &before, &container.list("/scratch").unwrap());
+        assert_same(&format!("generation {generation}"), &before, &container.list("/scratch").unwrap());
         containerd.ctr().run(&["images", "remove", "--sync", &old]).unwrap();
         containerd.checkpoint(container.id(), &format!("stillframe.test/generation:{generation}")).unwrap();
         container.remove().unwrap();
     }
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 #[test]
@@ -192,7 +179,7 @@ fn one_checkpoint_makes_many_containers() {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     for container in &all {
-        same(container.id(), &before, &container.list("/scratch").unwrap());
+        assert_same(container.id(), &before, &container.list("/scratch").unwrap());
         container.shell(&format!("echo {} > /scratch/mine/id", container.id())).unwrap();
     }
     for container in &all {
@@ -203,7 +190,7 @@ fn one_checkpoint_makes_many_containers() {
         restored.remove().unwrap();
     }
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 #[test]
@@ -253,7 +240,7 @@ fn the_command_saves_what_containerd_would_have() {
     save(&image("last"), &[]).unwrap();
     container.await_status("STOPPED").unwrap();
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 #[test]
@@ -299,7 +286,7 @@ fn a_container_without_any_tmpfs_can_be_saved_too() {
     let container = Container::restore(&containerd, "r", CHECKPOINT).unwrap();
     container.exec(&["true"]).unwrap();
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 #[test]
@@ -314,5 +301,5 @@ fn a_restore_without_live_starts_afresh() {
     let container = Container::attach(&containerd, id);
     assert_eq!(container.shell("ls -A /scratch").unwrap().stdout, "");
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }

@@ -14,12 +14,6 @@ const MODE: &str = "dev.stillframe.checkpoint.mode";
 const NAME: &str = "dev.stillframe.container-name";
 const RESTORE_FROM: &str = "dev.stillframe.restore-from";
 
-#[track_caller]
-fn nothing_left(containerd: &Containerd) {
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
-}
-
 fn counting<'a>(containerd: &'a Containerd, name: &str) -> ContainerSpec<'a> {
     let spec = containerd.container(name).tmpfs("/scratch", "size=16m").annotation(MODE, "full");
     spec.arguments(&["probe", "count", "/scratch/log", "/dev/shm/segment"])
@@ -66,7 +60,7 @@ fn a_process_goes_on_in_another_container_where_it_was(version: &ContainerdVersi
     // It runs on.
     let (token, after) = await_count(&old, before + 20);
     old.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 
     let new = Container::restore(&containerd, "new", CHECKPOINT).unwrap();
     let (again, count) = counted(&new);
@@ -85,7 +79,7 @@ fn a_process_goes_on_in_another_container_where_it_was(version: &ContainerdVersi
     containerd.ctr().run(&["tasks", "kill", "--signal", "SIGKILL", third.id()]).unwrap();
     third.await_status("STOPPED").unwrap();
     third.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     containerd.stop().unwrap();
 }
 
@@ -154,5 +148,5 @@ fn what_criu_cannot_save_is_an_error_and_the_container_runs_on() {
         "{error}"
     );
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }

@@ -9,8 +9,7 @@ const FILESTORE: &str = "/var/lib/stillframe/filestore";
 
 #[track_caller]
 fn nothing_left(containerd: &Containerd) {
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    containerd.assert_nothing_left();
     let files = PathBuf::from(FILESTORE).join(containerd.namespace());
     assert!(!files.exists(), "{}", files.display());
 }

@@ -34,12 +34,7 @@ fn started<'a>(containerd: &'a Containerd, runtime: &str, arguments: &[&str]) ->
 /// Kills and removes, and then nothing may be left.
 fn removed(containerd: &Containerd, container: Container<'_>) {
     container.remove().unwrap();
-    nothing_left(containerd);
-}
-
-fn nothing_left(containerd: &Containerd) {
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    containerd.assert_nothing_left();
 }
 
 fn code(result: Result<ctr::Said, CtrError>) -> i32 {
@@ -67,7 +62,7 @@ fn a_command_that_is_not_there_is_named(runtime: &str) {
     let containerd = Containerd::start().unwrap();
     let error = containerd.container("c").runtime(runtime).arguments(&["no-such-command"]).run().unwrap_err();
     assert!(error.stderr.contains("no-such-command"), "{error}");
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     let container = started(&containerd, runtime, &["probe", "idle"]);
     let error = container.exec(&["neither-this"]).unwrap_err();
     assert!(error.stderr.contains("neither-this"), "{error}");
@@ -142,7 +137,7 @@ fn a_terminal_is_a_terminal(runtime: &str) {
     terminal.write(b"typed\n").unwrap();
     terminal.expect_line("what was typed", |line| line == "got typed").unwrap();
     assert_eq!(terminal.wait().unwrap().0, 6);
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 fn signals_arrive(runtime: &str) {
@@ -162,7 +157,7 @@ fn signals_arrive(runtime: &str) {
     assert_eq!(exec.wait().unwrap().0, 42);
     containerd.ctr().run(&["tasks", "kill", "--signal", "SIGTERM", container.id()]).unwrap();
     assert_eq!(foreground.wait().unwrap().0, 42);
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 fn pause_stops_and_resume_goes_on(runtime: &str) {
@@ -217,7 +212,7 @@ fn delete_gives_the_exit_code(runtime: &str) {
     let said = containerd.ctr().run(&["tasks", "delete", container.id()]).unwrap();
     assert!(said.stderr.contains("exit code 5"), "{said:?}");
     containerd.ctr().run(&["containers", "delete", container.id()]).unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     // A running one isn't deleted without force, and with it gives the signal.
     let container = started(&containerd, runtime, &["probe", "idle"]);
     let error = containerd.ctr().run(&["tasks", "delete", container.id()]).unwrap_err();
@@ -310,7 +305,7 @@ fn a_killed_shim_is_cleaned_up_after(runtime: &str) {
         // This one is better with ours: runc's shim leaves its socket.
         containerd.shim_sockets().iter().for_each(|path| std::fs::remove_file(path).unwrap());
     }
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     // And the id can be used again.
     let container = started(&containerd, runtime, &["probe", "idle"]);
     container.exec(&["true"]).unwrap();
@@ -341,5 +336,5 @@ fn many_at_once(runtime: &str) {
             });
         }
     });
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }

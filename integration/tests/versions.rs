@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use stillframe_integration::ctr::{self, CtrError};
 use stillframe_integration::{
-    Background, Container, Containerd, ContainerdVersion, Listing, RUNC, STILLFRAME, compare, watchdog,
+    Background, Container, Containerd, ContainerdVersion, RUNC, STILLFRAME, assert_same, watchdog,
 };
 
 const CHECKPOINT: &str = "stillframe.test/checkpoint:1";
@@ -31,18 +31,6 @@ fn started<'a>(containerd: &'a Containerd, name: &str) -> Container<'a> {
         .tmpfs("/scratch", "size=64m:mode=1770:uid=7:gid=8")
         .start()
         .unwrap()
-}
-
-#[track_caller]
-fn nothing_left(containerd: &Containerd) {
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
-}
-
-#[track_caller]
-fn same(what: &str, before: &Listing, after: &Listing) {
-    let differences: Vec<_> = compare(before, after).iter().map(ToString::to_string).collect();
-    assert!(differences.is_empty(), "{what}:\n{}", differences.join("\n"));
 }
 
 fn code(result: Result<ctr::Said, CtrError>) -> i32 {
@@ -81,7 +69,7 @@ fn a_container_runs_and_leaves_nothing(version: &ContainerdVersion) {
     foreground.expect_line("ready", |line| line == "ready").unwrap();
     containerd.ctr().run(&["tasks", "kill", "--signal", "SIGTERM", spec.id()]).unwrap();
     assert_eq!(foreground.wait().unwrap().0, 42);
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     containerd.stop().unwrap();
 }
 
@@ -96,13 +84,13 @@ fn a_tree_survives_its_container(version: &ContainerdVersion) {
     containerd.checkpoint(container.id(), CHECKPOINT).unwrap();
     assert_eq!(container.status().unwrap().as_deref(), Some("RUNNING"));
     for (dir, before) in dirs.iter().zip(&before) {
-        same(&format!("{dir} of the original"), before, &container.list(dir).unwrap());
+        assert_same(&format!("{dir} of the original"), before, &container.list(dir).unwrap());
     }
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     let container = Container::restore(&containerd, "restored", CHECKPOINT).unwrap();
     for (dir, before) in dirs.iter().zip(&before) {
-        same(&format!("{dir} restored"), before, &container.list(dir).unwrap());
+        assert_same(&format!("{dir} restored"), before, &container.list(dir).unwrap());
     }
     container.remove().unwrap();
     // With the container's own layer, and the image.
@@ -117,7 +105,7 @@ fn a_tree_survives_its_container(version: &ContainerdVersion) {
     let container = Container::attach(&containerd, id);
     assert_eq!(container.shell("cat /layer /scratch/memory").unwrap().stdout, "layer\nmemory\n");
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 fn an_exiting_checkpoint_ends_the_container(version: &ContainerdVersion) {
@@ -133,7 +121,7 @@ fn an_exiting_checkpoint_ends_the_container(version: &ContainerdVersion) {
         assert_eq!(container.status().unwrap().as_deref(), Some("RUNNING"));
     }
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 fn a_checkpoint_goes_into_a_directory_of_the_callers(version: &ContainerdVersion) {
@@ -153,7 +141,7 @@ fn a_checkpoint_goes_into_a_directory_of_the_callers(version: &ContainerdVersion
         assert!(!dir.exists());
     }
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 fn a_killed_shim_is_cleaned_up_after(version: &ContainerdVersion) {
@@ -174,10 +162,10 @@ fn a_killed_shim_is_cleaned_up_after(version: &ContainerdVersion) {
         let _ = containerd.ctr().run(&["tasks", "delete", "--force", container.id()]);
     }
     containerd.ctr().run(&["containers", "delete", container.id()]).unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     // And the id can be used again.
     started(&containerd, "c").remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 fn containerd_restarts_beside_a_live_container(version: &ContainerdVersion) {
@@ -192,18 +180,18 @@ fn containerd_restarts_beside_a_live_container(version: &ContainerdVersion) {
         assert_eq!(container.pid().unwrap(), pid, "{how}");
         let shims = containerd.shims();
         assert_eq!(shims.iter().map(|shim| shim.pid).collect::<Vec<_>>(), [shim], "{how}: {shims:?}");
-        same(how, &before, &container.list("/scratch").unwrap());
+        assert_same(how, &before, &container.list("/scratch").unwrap());
         assert_eq!(code(container.shell("exit 4")), 4);
     }
     containerd.checkpoint(container.id(), CHECKPOINT).unwrap();
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     let container = Container::restore(&containerd, "restored", CHECKPOINT).unwrap();
-    same("restored", &before, &container.list("/scratch").unwrap());
+    assert_same("restored", &before, &container.list("/scratch").unwrap());
     // A restart between restore and end, too.
     containerd.restart(watchdog::KILL).unwrap();
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 fn a_container_ends_while_containerd_is_away(version: &ContainerdVersion) {
@@ -224,7 +212,7 @@ fn a_container_ends_while_containerd_is_away(version: &ContainerdVersion) {
         }
         assert_eq!(container.status().unwrap(), None, "{runtime}");
         containerd.ctr().run(&["containers", "delete", container.id()]).unwrap();
-        nothing_left(&containerd);
+        containerd.assert_nothing_left();
     }
 }
 
@@ -263,13 +251,13 @@ fn containerd_is_killed_in_the_middle_of_a_checkpoint(version: &ContainerdVersio
     // It was containerd that had paused it, with any runtime, and nobody else resumes it.
     assert_eq!(container.status().unwrap().as_deref(), Some("PAUSED"));
     containerd.ctr().run(&["tasks", "resume", container.id()]).unwrap();
-    same("afterwards", &before, &container.list("/scratch").unwrap());
+    assert_same("afterwards", &before, &container.list("/scratch").unwrap());
     containerd.checkpoint(container.id(), CHECKPOINT).unwrap();
     container.remove().unwrap();
     let container = Container::restore(&containerd, "restored", CHECKPOINT).unwrap();
-    same("restored", &before, &container.list("/scratch").unwrap());
+    assert_same("restored", &before, &container.list("/scratch").unwrap());
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }
 
 fn containerd_is_killed_in_the_middle_of_a_restore(version: &ContainerdVersion) {
@@ -288,9 +276,9 @@ fn containerd_is_killed_in_the_middle_of_a_restore(version: &ContainerdVersion) 
     // The shim may have come to the end of it, or containerd has ended the shim.
     let half = Container::attach(&containerd, id);
     half.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
     let container = Container::restore(&containerd, "restored", CHECKPOINT).unwrap();
-    same("restored", &before, &container.list("/scratch").unwrap());
+    assert_same("restored", &before, &container.list("/scratch").unwrap());
     container.remove().unwrap();
-    nothing_left(&containerd);
+    containerd.assert_nothing_left();
 }

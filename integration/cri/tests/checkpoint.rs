@@ -8,24 +8,12 @@ use std::path::Path;
 
 use stillframe_cri::pod::{AS_RUNC, HANDLER};
 use stillframe_cri::{Cri, CriError, MemoryVolume, Registry, State};
-use stillframe_integration::{ContainerdVersion, Listing, compare, image, skip};
+use stillframe_integration::{ContainerdVersion, assert_same, image, skip};
 
 stillframe_integration::with_every_containerd!(
     an_archive_brings_a_pods_volumes_back,
     so_it_does_under_the_name_of_runcs_shim,
 );
-
-#[track_caller]
-fn same(what: &str, before: &Listing, after: &Listing) {
-    let differences: Vec<_> = compare(before, after).iter().map(ToString::to_string).collect();
-    assert!(differences.is_empty(), "{what}:\n{}", differences.join("\n"));
-}
-
-#[track_caller]
-fn nothing_left(cri: &Cri) {
-    let residue = cri.containerd().settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
-}
 
 /// The names in an archive.
 fn names(archive: &Path) -> BTreeSet<String> {
@@ -75,7 +63,7 @@ fn saved_and_brought_back(version: &ContainerdVersion, handler: &str) {
     // Some versions look for it, and don't say to anybody but runc that they will.
     let containers = cri.containerd().dir().join("root/io.containerd.grpc.v1.cri/containers");
     assert!(containers.join(web.id()).join("stats-dump").exists());
-    same("/cache after the checkpoint", &cache, &web.list("/cache"));
+    assert_same("/cache after the checkpoint", &cache, &web.list("/cache"));
     // What checkpointctl looks for, and our image.
     let names = names(&archive);
     for name in ["config.dump", "spec.dump", "checkpoint/manifest.json", "checkpoint/pages.img"] {
@@ -88,7 +76,7 @@ fn saved_and_brought_back(version: &ContainerdVersion, handler: &str) {
     web.checkpoint(&archive).unwrap();
     pod.remove().unwrap();
     drop(old);
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
 
     let spec = cri
         .pod("new")
@@ -98,8 +86,8 @@ fn saved_and_brought_back(version: &ContainerdVersion, handler: &str) {
     let pod = spec.run().unwrap();
     let web = pod.container("web").capability("SYS_ADMIN").mount(new.path(), "/cache").start().unwrap();
     let db = pod.container("db").mount(new.path(), "/elsewhere").start().unwrap();
-    same("/cache restored", &cache, &web.list("/cache"));
-    same("/dev/shm restored", &shm, &web.list("/dev/shm"));
+    assert_same("/cache restored", &cache, &web.list("/cache"));
+    assert_same("/dev/shm restored", &shm, &web.list("/dev/shm"));
     assert_eq!(db.shell("cat /elsewhere/later /dev/shm/segment"), "longer\nsegment\n");
     pod.remove().unwrap();
     drop(new);
@@ -110,7 +98,7 @@ fn saved_and_brought_back(version: &ContainerdVersion, handler: &str) {
     bare.checkpoint(&cri.containerd().dir().join("bare.tar")).unwrap();
     bare.shell("true");
     pod.remove().unwrap();
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
     cri.stop().unwrap();
 }
 
@@ -157,7 +145,7 @@ fn a_container_is_created_from_an_archive() {
         let web = pod.container("web").image(&archive.display().to_string()).capability("SYS_ADMIN");
         let web = web.mount(new.path(), "/cache").mount(part.path(), "/part").start().unwrap();
         for (path, list) in &lists {
-            same(path, list, &web.list(path));
+            assert_same(path, list, &web.list(path));
         }
         assert_eq!(parts.names(), ["beside", "part"]);
         assert_eq!(web.shell("cat /layer"), "layer\n");
@@ -170,7 +158,7 @@ fn a_container_is_created_from_an_archive() {
         assert_eq!(web.await_state(State::ContainerExited).unwrap().exit_code, 137);
         pod.remove().unwrap();
         drop((new, part, parts));
-        nothing_left(&cri);
+        cri.containerd().assert_nothing_left();
     }
     cri.stop().unwrap();
 }

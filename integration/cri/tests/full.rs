@@ -64,8 +64,7 @@ fn a_pods_process_goes_on_in_another_pod(version: &ContainerdVersion) {
     assert_ne!(counted(&web, 1).0, token);
     pod.remove().unwrap();
     drop(volume);
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    containerd.assert_nothing_left();
     cri.stop().unwrap();
 }
 
@@ -106,7 +105,6 @@ fn a_process_goes_on_in_a_container_that_is_created_from_an_archive() {
     assert_eq!(web.await_state(State::ContainerExited).unwrap().exit_code, 137);
     pod.remove().unwrap();
     drop(volume);
-    let residue = cri.containerd().settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    cri.containerd().assert_nothing_left();
     cri.stop().unwrap();
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use stillframe_cri::{Cri, MemoryVolume, PodContainer};
-use stillframe_integration::{ContainerdVersion, Listing, compare, image};
+use stillframe_integration::{ContainerdVersion, assert_same, image};
 
 stillframe_integration::with_every_containerd!(
     a_pod_comes_back_from_an_image_in_containerd,
@@ -15,20 +15,13 @@ const RESTORE_FROM: &str = "dev.stillframe.restore-from";
 
 #[track_caller]
 fn nothing_left(cri: &Cri) {
-    let residue = cri.containerd().settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    cri.containerd().assert_nothing_left();
     let unpacked = fs::read_dir(cri.containerd().dir().join("tmp")).unwrap();
     let left: Vec<_> = unpacked
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .filter(|name| name.starts_with("stillframe"))
         .collect();
     assert!(left.is_empty(), "left behind: {left:?}");
-}
-
-#[track_caller]
-fn same(what: &str, before: &Listing, after: &Listing) {
-    let differences: Vec<_> = compare(before, after).iter().map(ToString::to_string).collect();
-    assert!(differences.is_empty(), "{what}:\n{}", differences.join("\n"));
 }
 
 /// An archive as a checkpoint request writes it: by one, from containerd 2.0 on, else laid out in the same way.
@@ -79,8 +72,8 @@ fn a_pod_comes_back_from_an_image_in_containerd(version: &ContainerdVersion) {
         let new = MemoryVolume::new(dir, &spec.uid(), "cache", Some(64 << 20)).unwrap();
         let pod = spec.run().unwrap();
         let web = pod.container("web").capability("SYS_ADMIN").mount(new.path(), "/cache").start().unwrap();
-        same(&format!("/cache from {name}"), &cache, &web.list("/cache"));
-        same(&format!("/dev/shm from {name}"), &shm, &web.list("/dev/shm"));
+        assert_same(&format!("/cache from {name}"), &cache, &web.list("/cache"));
+        assert_same(&format!("/dev/shm from {name}"), &shm, &web.list("/dev/shm"));
         pod.remove().unwrap();
         drop(new);
         nothing_left(&cri);

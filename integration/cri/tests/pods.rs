@@ -16,12 +16,6 @@ stillframe_integration::with_every_containerd!(
     pods_that_come_and_go_leave_nothing,
 );
 
-#[track_caller]
-fn nothing_left(cri: &Cri) {
-    let residue = cri.containerd().settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
-}
-
 fn a_pod_of_two_containers_has_one_shim(version: &ContainerdVersion) {
     let cri = Cri::start(version).unwrap();
     let pod = cri.pod("pod").run().unwrap();
@@ -69,7 +63,7 @@ fn a_pod_of_two_containers_has_one_shim(version: &ContainerdVersion) {
     second.stop(0).unwrap();
     assert_eq!(second.await_state(State::ContainerExited).unwrap().exit_code, 137);
     pod.remove().unwrap();
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
     cri.stop().unwrap();
 }
 
@@ -92,11 +86,11 @@ fn the_killed_shim_of_a_pod_is_cleaned_up_after(version: &ContainerdVersion) {
     pod.remove().unwrap();
     assert_eq!(volume.names(), ["file"]);
     drop(volume);
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
     let pod = cri.pod("next").run().unwrap();
     pod.container("first").start().unwrap().shell("true");
     pod.remove().unwrap();
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
 }
 
 fn containerd_restarts_beside_a_live_pod(version: &ContainerdVersion) {
@@ -116,7 +110,7 @@ fn containerd_restarts_beside_a_live_pod(version: &ContainerdVersion) {
     assert_eq!(second.shell("cat /dev/shm/file"), "before\n");
     assert_eq!(cri.containerd().shims().len(), 1);
     pod.remove().unwrap();
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
 }
 
 /// How many pods come and go; a longer run finds what leaks slowly.
@@ -176,11 +170,11 @@ fn pods_that_come_and_go_leave_nothing(version: &ContainerdVersion) {
         drop((volume, disk));
         if round == 4 {
             // By now containerd has what it keeps.
-            nothing_left(&cri);
+            cri.containerd().assert_nothing_left();
             descriptors = cri.containerd().descriptors();
         }
     }
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
     assert_eq!(filestores(&ids), Vec::<PathBuf>::new());
     let now = cri.containerd().descriptors();
     assert!(now <= descriptors + 5, "{pods} pods: containerd has {now} descriptors, had {descriptors}");

@@ -360,6 +360,5 @@ fn calls_are_answered_as_by_runcs_shim(version: &ContainerdVersion) {
         different.len(),
         different.join("\n")
     );
-    let residue = containerd.settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    containerd.assert_nothing_left();
 }

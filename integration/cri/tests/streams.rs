@@ -93,7 +93,6 @@ fn a_command_has_its_streams_and_its_terminal(version: &ContainerdVersion) {
     assert_eq!(code(&status), "4");
 
     pod.remove().unwrap();
-    let residue = cri.containerd().settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    cri.containerd().assert_nothing_left();
     cri.stop().unwrap();
 }

@@ -73,7 +73,6 @@ fn volumes_of_a_pod_with_user_namespace_come_back(version: &ContainerdVersion) {
     assert_eq!((owner("user"), owner(".")), (HOST + 100_000 + 1000, 0));
     pod.remove().unwrap();
     drop(volume);
-    let residue = cri.containerd().settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    cri.containerd().assert_nothing_left();
     cri.stop().unwrap();
 }

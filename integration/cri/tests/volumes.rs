@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use stillframe_cri::{Cri, MemoryVolume, Pod, PodContainer, PodSpec};
 use stillframe_integration::ctr::CtrError;
-use stillframe_integration::{ContainerdVersion, Listing, compare};
+use stillframe_integration::{ContainerdVersion, assert_same};
 
 stillframe_integration::with_every_containerd!(
     volumes_come_back_in_a_new_pod,
@@ -14,18 +14,6 @@ stillframe_integration::with_every_containerd!(
 );
 
 const RESTORE_FROM: &str = "dev.stillframe.restore-from";
-
-#[track_caller]
-fn nothing_left(cri: &Cri) {
-    let residue = cri.containerd().settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
-}
-
-#[track_caller]
-fn same(what: &str, before: &Listing, after: &Listing) {
-    let differences: Vec<_> = compare(before, after).iter().map(ToString::to_string).collect();
-    assert!(differences.is_empty(), "{what}:\n{}", differences.join("\n"));
-}
 
 fn volume(cri: &Cri, spec: &PodSpec<'_>, size: u64) -> MemoryVolume {
     MemoryVolume::new(cri.containerd().dir(), &spec.uid(), "cache", Some(size)).unwrap()
@@ -66,7 +54,7 @@ fn volumes_come_back_in_a_new_pod(version: &ContainerdVersion) {
     assert_eq!(web.exec(&fill).unwrap().code, 0);
     db.shell("head -c 300000 /dev/urandom > /dev/shm/segment; chmod 600 /dev/shm/segment");
     let (cache, shm) = (web.list("/cache"), db.list("/dev/shm"));
-    same("the other container's view", &cache, &db.list("/elsewhere"));
+    assert_same("the other container's view", &cache, &db.list("/elsewhere"));
 
     let image = cri.containerd().dir().join("image");
     let inspected = save(&cri, &web, &image).unwrap();
@@ -74,20 +62,20 @@ fn volumes_come_back_in_a_new_pod(version: &ContainerdVersion) {
     // Saved as the other container, it is the same.
     let again = save(&cri, &db, &cri.containerd().dir().join("again")).unwrap();
     assert_eq!(filesystems(&again), filesystems(&inspected));
-    same("after the checkpoint", &cache, &web.list("/cache"));
+    assert_same("after the checkpoint", &cache, &web.list("/cache"));
     pod.remove().unwrap();
     drop(old);
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
 
     // Another pod, with more room: all containers have it, and the room is the new one's.
     let spec = restored(&cri, &image);
     let new = volume(&cri, &spec, 96 << 20);
     let pod = spec.run().unwrap();
     let (web, db) = two(&pod, &new);
-    same("/cache restored", &cache, &web.list("/cache"));
-    same("/elsewhere restored", &cache, &db.list("/elsewhere"));
-    same("/dev/shm restored", &shm, &web.list("/dev/shm"));
-    same("/dev/shm restored, in the other container", &shm, &db.list("/dev/shm"));
+    assert_same("/cache restored", &cache, &web.list("/cache"));
+    assert_same("/elsewhere restored", &cache, &db.list("/elsewhere"));
+    assert_same("/dev/shm restored", &shm, &web.list("/dev/shm"));
+    assert_same("/dev/shm restored, in the other container", &shm, &db.list("/dev/shm"));
     assert_eq!(web.shell("df -m /cache | awk 'END {print $2}'"), "96\n");
     // What happens afterwards isn't undone by a container that comes later, or comes back.
     web.shell("rm -r /cache/*; echo newer > /cache/file; echo newer > /dev/shm/segment");
@@ -97,7 +85,7 @@ fn volumes_come_back_in_a_new_pod(version: &ContainerdVersion) {
     assert_eq!(db.shell("cat /elsewhere/file /dev/shm/segment"), "newer\nnewer\n");
     pod.remove().unwrap();
     drop(new);
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
     cri.stop().unwrap();
 }
 
@@ -113,7 +101,7 @@ fn a_volume_on_disk_and_the_hosts_shared_memory_are_left_alone(version: &Contain
     assert!(error.stderr.contains("there are: none at all"), "{error}");
     pod.remove().unwrap();
     assert_eq!(disk.names(), ["file"]);
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
 }
 
 fn what_cannot_be_restored_fails_with_the_reason(version: &ContainerdVersion) {
@@ -156,8 +144,7 @@ fn what_cannot_be_restored_fails_with_the_reason(version: &ContainerdVersion) {
         }
     }
     // containerd keeps the record of a sandbox that couldn't be started, as kubelet expects; only what was ours counts.
-    let residue = cri.containerd().settled_residue();
-    assert!(residue.is_empty(), "left behind:\n{residue}");
+    cri.containerd().assert_nothing_left();
 }
 
 /// What a new pod hasn't got, or has in another way, is left out, and the rest comes back: volumes are found by their names,
@@ -215,7 +202,7 @@ fn a_pod_that_differs_gets_what_fits(version: &ContainerdVersion) {
     assert_eq!(said, "0 0 2775\n7 8 644\n16\n");
     pod.remove().unwrap();
     drop(cache);
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
     cri.stop().unwrap();
 }
 
@@ -258,7 +245,7 @@ fn two_containers_of_a_pod_are_saved_at_once() {
     db.shell("echo x > /elsewhere/more");
     pod.remove().unwrap();
     drop(volume);
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
 }
 
 /// kubelet gives a container a part of a volume by a bind mount of its own; the whole volume is saved.
@@ -278,5 +265,5 @@ fn a_part_of_a_volume_stands_for_the_whole_volume() {
     pod.remove().unwrap();
     drop(part);
     drop(volume);
-    nothing_left(&cri);
+    cri.containerd().assert_nothing_left();
 }
