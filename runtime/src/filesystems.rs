@@ -94,7 +94,8 @@ impl Maker<'_> {
         let aliases = if id == alias { Vec::new() } else { vec![alias] };
         let named = self.record.named;
         let ids = if planned.translated { Ids::default() } else { self.record.ids.clone() };
-        let alone = self.is_alone(&name)?;
+        // Its own is nobody else's.
+        let alone = pod.is_none() || self.is_alone(&name)?;
         self.targets.push(Target { name, id, aliases, named, mountpoint, fresh, alone, disk, ids });
         self.of_mounts.push(self.targets.len() - 1);
         Ok(&self.targets[self.targets.len() - 1])

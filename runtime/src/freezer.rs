@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::{Membership, mountpoint};
+
 /// How long freezing may take. Measured: 7 ms for 200 busy processes.
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -219,20 +221,7 @@ fn read(path: &Path) -> Result<String, FreezeError> {
 
 /// Finds the cgroup in the texts of /proc/PID/cgroup and /proc/self/mountinfo.
 fn find(membership: &str, mountinfo: &str) -> Option<Cgroup> {
-    let mut v1 = None;
-    let mut v2 = None;
-    for line in membership.lines() {
-        let mut fields = line.splitn(3, ':');
-        let (Some(number), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next())
-        else {
-            continue;
-        };
-        if controllers.split(',').any(|controller| controller == "freezer") {
-            v1 = Some(path);
-        } else if number == "0" && controllers.is_empty() {
-            v2 = Some(path);
-        }
-    }
+    let Membership { v1, v2 } = Membership::parse(membership, "freezer");
     let below =
         |mount: PathBuf, path: &str| Some(mount.join(path.strip_prefix('/').filter(|p| !p.is_empty())?));
     let in_v1 = v1.zip(mountpoint(mountinfo, "cgroup", Some("freezer")));
@@ -240,19 +229,6 @@ fn find(membership: &str, mountinfo: &str) -> Option<Cgroup> {
         return Some(Cgroup::V1(cgroup));
     }
     below(mountpoint(mountinfo, "cgroup2", None)?, v2?).map(Cgroup::V2)
-}
-
-/// Where a hierarchy is mounted whole (root `/`), by its type and one of its super options.
-fn mountpoint(mountinfo: &str, kind: &str, option: Option<&str>) -> Option<PathBuf> {
-    mountinfo.lines().find_map(|line| {
-        let (mount, superblock) = line.split_once(" - ")?;
-        let mut mount = mount.split(' ').skip(3);
-        let (root, target) = (mount.next()?, mount.next()?);
-        let mut superblock = superblock.split(' ');
-        let (fstype, options) = (superblock.next()?, superblock.nth(1)?);
-        let fits = option.is_none_or(|wanted| options.split(',').any(|option| option == wanted));
-        (root == "/" && fstype == kind && fits).then(|| PathBuf::from(target))
-    })
 }
 
 #[cfg(test)]

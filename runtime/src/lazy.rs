@@ -116,8 +116,7 @@ fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Lazy
 }
 
 /// Starts loading `files` of the filesystem whose state directory is `directory`, from `pages` (at `pages_path`), to huge pages
-/// if `huge`. When this returns, nobody can
-/// read what isn't there; nothing is loaded before [`join`].
+/// if `huge`. When this returns, nobody can read what isn't there; nothing is loaded before [`join`].
 pub(crate) fn start(
     program: &Path,
     directory: &Path,
@@ -153,6 +152,11 @@ pub(crate) fn start(
         }
         told => Err(LazyError::Told(told.to_owned())),
     }
+}
+
+/// Whether files of the filesystem are to be loaded, and no container has told yet that it has a process ([`join`]).
+pub(crate) fn is_held(directory: &Path) -> Result<bool, LazyError> {
+    Ok(status(directory)?.is_some_and(|status| status.phase == LoadPhase::Held))
 }
 
 /// Once the container has a process: loads the small files in its memory cgroup, and begins with the others; with `all`

@@ -3,6 +3,7 @@
 //! Knows filesystems (`stillframe-tmpfs`), the OCI spec and the image directory; knows no ttrpc and no
 //! containerd, and must never learn of them. Nothing here is async: callers that are give it a thread.
 
+mod cgroup;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

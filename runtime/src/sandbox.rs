@@ -32,7 +32,7 @@ use crate::spec::{
     RESTORE_FROM_ANNOTATION, Spec,
 };
 pub use crate::state::StateError;
-use crate::state::{ContainerRecord, InitRecord, Locked, STATE_ROOT, StateDir};
+use crate::state::{ContainerRecord, Locked, STATE_ROOT, StateDir};
 
 /// What `prepare` is asked to do.
 #[derive(Clone, Debug)]
@@ -62,14 +62,6 @@ pub struct Prepared {
     /// The image, where it holds the container's processes as well, and the filesystems are as they knew them: they can be restored
     /// from its directory.
     pub processes: Option<ImageSource>,
-}
-
-/// Has a filesystem's files loaded in the container's memory cgroup, if some are to be loaded and nobody has done so yet.
-fn join(directory: &Path, init: &InitRecord, all: bool) -> Result<(), LazyError> {
-    match lazy::status(directory)? {
-        Some(status) if status.phase == LoadPhase::Held => lazy::join(directory, init, all),
-        _ => Ok(()),
-    }
 }
 
 /// Whether the image has processes, and they are this container's. In a pod several may be given the same image by the pod's
@@ -281,12 +273,17 @@ impl Sandbox {
         locked.put_container(&record)?;
         // Whoever removes the container meanwhile needs it.
         drop(locked);
-        let directories: Vec<PathBuf> =
-            record.filesystems.iter().map(|name| self.dir.filesystem_dir(name)).collect();
+        let mut held = Vec::new();
+        for name in &record.filesystems {
+            let directory = self.dir.filesystem_dir(name);
+            if lazy::is_held(&directory).map_err(InitError::Load)? {
+                held.push(directory);
+            }
+        }
         std::thread::scope(|scope| {
             let (init, all) = (&init, record.load_all);
             let joining: Vec<_> =
-                directories.iter().map(|directory| scope.spawn(move || join(directory, init, all))).collect();
+                held.iter().map(|directory| scope.spawn(move || lazy::join(directory, init, all))).collect();
             let joined = joining.into_iter().map(|thread| thread.join().expect("it doesn't panic"));
             joined.collect::<Result<(), LazyError>>().map_err(InitError::Load)
         })

@@ -6,7 +6,7 @@
 //!
 //! The checkpoint that containerd asks to restore is read completely in `Prepared`: containerd may remove it after create.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
@@ -26,7 +26,7 @@ use crate::error::TaskError;
 use crate::exec::Execs;
 use crate::full::{Mode, Restoring};
 use crate::process::Process;
-use crate::reaper::Exit;
+use crate::reaper::{Birth, Exit};
 use crate::sandbox::Filesystems;
 use crate::stdio::{Owner, ProcessIo};
 use crate::{driver, error, fetch, oom, options, rootfs};
@@ -157,19 +157,12 @@ impl Making<'_> {
         self.phase = Phase::Created;
         self.runc.create(&self.request.id, &options).await?;
         drop(options);
-        let pid = read_pid_from_file(&pid_file)
-            .await
-            .map_err(|source| TaskError::Shim { what: "reading the container's pid", source })?;
-        let exit = birth.claim(pid);
-        self.filesystems.set_init_pid(pid).await?;
-        let oom = oom::watch(&self.request.id, pid, &self.shim.publisher);
-        if let Err(error) = &oom {
-            tracing::warn!(container = self.request.id, %error, "out-of-memory events will be missing");
-        }
+        let (pid, exit, oom) =
+            adopt(self.shim, &self.request.id, &pid_file, &birth, &self.filesystems).await?;
         // Last of all: `ctr run` closes a container's stdin only if it reads the end of its own after create has returned, and
         // it can read from the moment the fifo has a reader.
         io.attach().await?;
-        Ok((pid, exit, oom.ok()))
+        Ok((pid, exit, oom))
     }
 
     async fn finish(self, made: Made) -> Arc<Container> {
@@ -243,6 +236,26 @@ impl Making<'_> {
             tracing::warn!(container = id, error = error::chain(&error), "undoing a failed create");
         }
     }
+}
+
+/// Takes over the init process that runc has just made, or restored: its exit, its cgroup, and whether memory is short.
+pub(crate) async fn adopt(
+    shim: &Shim,
+    id: &str,
+    pid_file: &Path,
+    birth: &Birth,
+    filesystems: &Filesystems,
+) -> Result<(i32, oneshot::Receiver<Exit>, Option<oom::Watch>), TaskError> {
+    let pid = read_pid_from_file(pid_file)
+        .await
+        .map_err(|source| TaskError::Shim { what: "reading the container's pid", source })?;
+    let exit = birth.claim(pid);
+    filesystems.set_init_pid(pid).await?;
+    let oom = oom::watch(id, pid, &shim.publisher);
+    if let Err(error) = &oom {
+        tracing::warn!(container = id, %error, "out-of-memory events will be missing");
+    }
+    Ok((pid, exit, oom.ok()))
 }
 
 fn stdio(request: &CreateTaskRequest) -> Stdio {

@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use containerd_shim::protos::events::task::TaskStart;
 use containerd_shim::protos::shim::oci::CheckpointOptions;
-use containerd_shim::util::read_pid_from_file;
 use runc::options::CreateOpts;
 use stillframe_runtime::config::CheckpointMode;
 use stillframe_runtime::image_source::ImageSource;
@@ -24,9 +23,9 @@ use stillframe_runtime::processes::is_process_file;
 use tempfile::TempDir;
 
 use crate::container::Container;
+use crate::create::adopt;
 use crate::error::TaskError;
 use crate::lifecycle::{Operation, State};
-use crate::oom;
 use crate::reaper::Exit;
 use crate::stdio::ProcessIo;
 
@@ -122,15 +121,8 @@ impl Container {
         let images = restoring.image.directory();
         self.runc.restore(&self.id, &options, images, &self.work(""), &self.mode).await?;
         drop(options);
-        let pid = read_pid_from_file(&pid_file)
-            .await
-            .map_err(|source| TaskError::Shim { what: "reading the container's pid", source })?;
-        let exit = birth.claim(pid);
-        self.filesystems.set_init_pid(pid).await?;
-        match oom::watch(&self.id, pid, &self.shim.publisher) {
-            Ok(watch) => *self.oom.lock().expect("only ever replaced") = Some(watch),
-            Err(error) => tracing::warn!(container = self.id, %error, "out-of-memory events will be missing"),
-        }
+        let (pid, exit, oom) = adopt(&self.shim, &self.id, &pid_file, &birth, &self.filesystems).await?;
+        *self.oom.lock().expect("only ever replaced") = oom;
         restoring.io.attach().await?;
         self.init.born(pid, restoring.io.clone());
         self.init.begin(Operation::Start, State::Running)?;

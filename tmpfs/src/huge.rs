@@ -19,29 +19,21 @@ const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// A size that any huge page lies within.
 const LARGE: u64 = 1 << 32;
 
-/// What a tmpfs would do with a tree.
-struct HugePages {
-    /// Whether it fits with huge pages.
-    fit: bool,
-}
-
-impl HugePages {
-    /// `None` if there will be none.
-    fn of(root: &File, tree: &Tree) -> io::Result<Option<Self>> {
-        let space = rustix::fs::fstatfs(root)?;
-        if space.f_type != TMPFS_MAGIC {
-            return Ok(None);
-        }
-        let page_size = rustix::param::page_size() as u64;
-        let Some(huge_page) = huge_page(root).filter(|huge| *huge > page_size) else { return Ok(None) };
-        let limit = space.f_blocks.saturating_mul(page_size);
-        Ok(Some(Self { fit: limit == 0 || tree.huge_page_bytes(page_size, huge_page) <= limit }))
+/// Whether `tree` fits with the huge pages that the tmpfs would give it; `None` if it gives none.
+fn fits_with_huge_pages(root: &File, tree: &Tree) -> io::Result<Option<bool>> {
+    let space = rustix::fs::fstatfs(root)?;
+    if space.f_type != TMPFS_MAGIC {
+        return Ok(None);
     }
+    let page_size = rustix::param::page_size() as u64;
+    let Some(huge_page) = huge_page(root).filter(|huge| *huge > page_size) else { return Ok(None) };
+    let limit = space.f_blocks.saturating_mul(page_size);
+    Ok(Some(limit == 0 || tree.huge_page_bytes(page_size, huge_page) <= limit))
 }
 
 /// Whether the tmpfs whose root is `root` would give the files of `tree` huge pages, and has room for them.
 pub fn takes_huge_pages(root: &File, tree: &Tree) -> bool {
-    HugePages::of(root, tree).is_ok_and(|pages| pages.is_some_and(|pages| pages.fit))
+    fits_with_huge_pages(root, tree).is_ok_and(|fits| fits == Some(true))
 }
 
 /// A tmpfs that allocates no huge pages; as before when this is dropped.
@@ -54,8 +46,7 @@ pub(crate) struct SmallPages {
 impl SmallPages {
     /// Makes it so for the tmpfs whose root is `root`, if `tree` needs it; does nothing to another filesystem.
     pub(crate) fn if_needed(root: &File, tree: &Tree) -> io::Result<Option<Self>> {
-        let Some(pages) = HugePages::of(root, tree)? else { return Ok(None) };
-        if pages.fit {
+        if fits_with_huge_pages(root, tree)? != Some(false) {
             return Ok(None);
         }
         // Without the option it is the whole machine's setting, which is stronger.

@@ -7,6 +7,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::cgroup::{Membership, mountpoint};
+
 /// File to write a pid to, so that the process is charged like process `pid`; `None` where the hierarchy can't be found.
 pub(crate) fn procs_of(pid: i32) -> io::Result<Option<PathBuf>> {
     let membership = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
@@ -21,37 +23,13 @@ pub(crate) fn join(procs: &Path, pid: u32) -> io::Result<()> {
 
 /// The directory of the cgroup by what /proc/PID/cgroup and /proc/self/mountinfo say.
 fn find(membership: &str, mounts: &str) -> Option<PathBuf> {
-    let mut v2 = None;
-    for line in membership.lines() {
-        let mut fields = line.splitn(3, ':');
-        let (id, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-        if controllers.split(',').any(|controller| controller == "memory") {
-            return below(
-                mounts,
-                "cgroup",
-                |options| options.split(',').any(|option| option == "memory"),
-                path,
-            );
-        }
-        if id == "0" && controllers.is_empty() {
-            v2 = Some(path);
-        }
-    }
-    // In a hybrid setup without the v1 hierarchy of memory, or a v2-only one.
-    below(mounts, "cgroup2", |_| true, v2?)
-}
-
-/// Directory of the cgroup `path` in the hierarchy that is mounted with such options.
-fn below(mounts: &str, kind: &str, fits: impl Fn(&str) -> bool, path: &str) -> Option<PathBuf> {
-    let path = path.strip_prefix('/')?;
-    mounts.lines().find_map(|line| {
-        let (place, filesystem) = line.split_once(" - ")?;
-        let mut filesystem = filesystem.split(' ');
-        let (found, _, options) = (filesystem.next()?, filesystem.next()?, filesystem.next()?);
-        let mut place = place.split(' ').skip(3);
-        let (root, mountpoint) = (place.next()?, place.next()?);
-        (found == kind && root == "/" && fits(options)).then(|| Path::new(mountpoint).join(path))
-    })
+    let Membership { v1, v2 } = Membership::parse(membership, "memory");
+    let (mount, path) = match v1 {
+        Some(path) => (mountpoint(mounts, "cgroup", Some("memory"))?, path),
+        // In a hybrid setup without the v1 hierarchy of memory, or a v2-only one.
+        None => (mountpoint(mounts, "cgroup2", None)?, v2?),
+    };
+    Some(mount.join(path.strip_prefix('/')?))
 }
 
 #[cfg(test)]

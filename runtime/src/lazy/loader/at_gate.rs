@@ -13,14 +13,13 @@ impl Loader {
     /// Has the keeper settle a file; does it itself where there is none any more.
     pub(super) fn settle_at_gate(&self, index: usize, loaded: bool) {
         let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Keeper::Alive(channel, group) = &mut *keeper {
+        if let Keeper::Alive(channel, _) = &*keeper {
             let message = Message::Settle { index: index as u64, loaded };
             if channel::call(channel, message).is_ok() {
                 return;
             }
-            let group = group.take();
-            *keeper = Keeper::Dead(group.map(|group| self.open_doors(group)));
         }
+        self.take_place_of(&mut keeper);
         let Keeper::Dead(Some(doors)) = &*keeper else { return };
         if loaded {
             // Without a name and without an opener it is gone, and the mark with it.
@@ -31,8 +30,11 @@ impl Loader {
 
     /// Takes the keeper's place at the gate, unless that is done.
     pub(super) fn replace_keeper(&self) {
-        let mut keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Keeper::Alive(_, group) = &mut *keeper {
+        self.take_place_of(&mut self.keeper.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn take_place_of(&self, keeper: &mut Keeper) {
+        if let Keeper::Alive(_, group) = keeper {
             let group = group.take();
             *keeper = Keeper::Dead(group.map(|group| self.open_doors(group)));
         }

@@ -251,8 +251,6 @@ impl Settle {
         } else {
             state.stages[index] = Stage::Failed;
             state.header.failed_files += 1;
-        }
-        if !loaded {
             loader.note(index, FAILED);
         }
         loader.put_header(&state);
