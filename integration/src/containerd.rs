@@ -287,6 +287,10 @@ fn plan(version: &ContainerdVersion, services: Services, dir: &Path, name: &str)
         fs::create_dir(&path).map_err(at(&path))?;
     }
     write("bin/criu", include_str!("criu-version.bash"), 0o755)?;
+    if let Some(runc) = &version.runc {
+        let link = dir.join("bin/runc");
+        std::os::unix::fs::symlink(runc, &link).map_err(at(&link))?;
+    }
     for plugin in ["cni/loopback", "cni/nothing"] {
         write(plugin, include_str!("cni-nothing.bash"), 0o755)?;
     }

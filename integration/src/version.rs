@@ -1,4 +1,4 @@
-//! The containerds to test with: the installed one, and those that `scripts/containerd-versions` has unpacked.
+//! The containerds to test with: the installed one, and those that `scripts/containerd-versions` has unpacked; and another runc for them.
 //!
 //! A test for each is made by [`crate::with_every_containerd`]. Where there is none of a series, the test says SKIPPED and
 //! the reason that the script gave.
@@ -20,6 +20,8 @@ pub struct ContainerdVersion {
     pub containerd: PathBuf,
     /// Its client.
     pub ctr: PathBuf,
+    /// The runc that it and its shims find, if not the installed one.
+    pub runc: Option<PathBuf>,
 }
 
 impl ContainerdVersion {
@@ -27,7 +29,7 @@ impl ContainerdVersion {
     pub fn installed() -> Result<Self, StartError> {
         let containerd = binaries::find("containerd").ok_or(StartError::Missing("containerd"))?;
         let ctr = binaries::find("ctr").ok_or(StartError::Missing("ctr"))?;
-        Ok(Self { name: "installed".to_owned(), containerd, ctr })
+        Ok(Self { name: "installed".to_owned(), containerd, ctr, runc: None })
     }
 
     /// The unpacked one of a series, such as `1.7` or `2`; or why there is none.
@@ -36,7 +38,7 @@ impl ContainerdVersion {
         let dir = cache.join(series).join("usr/bin");
         let (containerd, ctr) = (dir.join("containerd"), dir.join("ctr"));
         if containerd.is_file() && ctr.is_file() {
-            return Ok(Self { name: format!("containerd {series}"), containerd, ctr });
+            return Ok(Self { name: format!("containerd {series}"), containerd, ctr, runc: None });
         }
         let reason = fs::read_to_string(cache.join(format!("{series}.missing")));
         Err(reason.map_or_else(
@@ -53,6 +55,17 @@ impl ContainerdVersion {
     /// As [`Self::of_series`], and what it is that keeps a test from running is printed.
     pub fn or_skip(series: &str, test: &str) -> Option<Self> {
         Self::of_series(series).map_err(|reason| crate::skip::skipped(test, &reason)).ok()
+    }
+
+    /// The same with the runc that `scripts/runc` has found or unpacked, which can map mounts; or why there is none.
+    pub fn with_mapping_runc(&self) -> Result<Self, String> {
+        let reason = fs::read_to_string(cache().join("runc.missing"));
+        if let Ok(reason) = reason {
+            return Err(reason.trim().to_owned());
+        }
+        let runc = cache().join("runc/bin/runc");
+        let none = || "no runc that maps mounts is there: scripts/runc fetches one".to_owned();
+        if runc.exists() { Ok(Self { runc: Some(runc), ..self.clone() }) } else { Err(none()) }
     }
 
     /// Major and minor number, as the program itself says.
