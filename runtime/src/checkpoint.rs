@@ -17,6 +17,7 @@ mod error;
 mod freeze;
 mod lives;
 mod phase;
+mod scope;
 
 use std::fs::File;
 use std::io::Write;
@@ -40,15 +41,15 @@ use crate::checkpoint::freeze::Freeze;
 use crate::checkpoint::lives::Lives;
 pub use crate::checkpoint::phase::{Phase, PhaseTime};
 use crate::checkpoint::phase::{Progress, milliseconds};
+use crate::checkpoint::scope::Scope;
 use crate::freezer::Cgroup;
 use crate::image::{self, ImageWriter, PartWriter};
 use crate::lazy;
-use crate::manifest::{Manifest, Offsets, PrivateFormat, SavedContainer, SavedFilesystem};
-use crate::process;
+use crate::manifest::{Manifest, Offsets, PrivateFormat, SavedContainer, SavedFilesystem, SavedPod};
 use crate::processes;
-use crate::selected::{SavedFile, Selected, count_unlinked, not_on_itself, open_views, others, select};
+use crate::selected::{SavedFile, Selected, count_unlinked, not_on_itself, open_views, select};
 use crate::selector::Selector;
-use crate::state::{ContainerRecord, FilesystemRecord, Locked};
+use crate::state::{FilesystemRecord, Locked};
 use crate::unlinked::Unlinked;
 
 /// What a checkpoint is asked to do.
@@ -56,6 +57,8 @@ use crate::unlinked::Unlinked;
 pub struct CheckpointRequest {
     /// The container whose filesystems are saved.
     pub container_id: String,
+    /// Whether those of all containers that run in its pod are saved, in one image of one instant.
+    pub pod: bool,
     /// The image directory: made if it is missing, else it must be empty.
     pub image_path: PathBuf,
     /// Directory to keep the pages in, if not in the image, which then holds the trees only and finds the
@@ -84,6 +87,7 @@ impl CheckpointRequest {
     pub fn new(container_id: impl Into<String>, image_path: impl Into<PathBuf>) -> Self {
         Self {
             container_id: container_id.into(),
+            pod: false,
             image_path: image_path.into(),
             pages_dir: None,
             paths: Vec::new(),
@@ -161,14 +165,10 @@ fn take(
     progress: &mut Progress,
 ) -> Result<CheckpointResult, CheckpointCause> {
     let dir = state.dir();
-    let id = &request.container_id;
-    let unknown = || CheckpointCause::Unknown { id: id.clone(), sandbox: dir.path().to_owned() };
-    let container = dir.container(id)?.ok_or_else(unknown)?;
-    let init = container.init.as_ref().filter(|init| process::is_alive(init));
-    let init = init.ok_or_else(|| CheckpointCause::NotRunning(id.clone()))?;
-    let cgroup = init.cgroup.as_ref().ok_or_else(|| CheckpointCause::NoCgroup(id.clone()))?;
-    let selected = select(dir, &container, &request.paths)?;
-    let others = others(dir, id, &selected)?;
+    let scope = Scope::of(dir, request)?;
+    let selected = select(dir, &scope.records(), &request.paths)?;
+    let containers = scope.describe(&selected)?;
+    let others = scope.others(dir, &selected)?;
     let mut image = ImageWriter::create(&request.image_path, &request.processes)?;
     let ahead = ahead.filter(|ahead| ahead.fits(request, &selected));
     let pages_file = match ahead {
@@ -183,7 +183,7 @@ fn take(
     for selected in on_disk() {
         selected.settle()?;
     }
-    let unlinked = count_unlinked(cgroup, &selected);
+    let unlinked = count_unlinked(scope.cgroups(), &selected);
     let views = open_views(&selected)?;
     let options = SaveOptions { direct: request.direct, ..SaveOptions::default() };
     let started = |file| AsyncPagesFileSave::new(file, options);
@@ -195,7 +195,7 @@ fn take(
     progress.enter(Phase::Copy);
     let mut lives = match ahead {
         Some(lives) => lives,
-        None if request.precopy && !cgroup.is_frozen()? => {
+        None if request.precopy && !scope.is_frozen()? => {
             Lives::copy(&selected, &views, &pages, &image.pages_path())?
         }
         None => Lives::none(&selected),
@@ -207,14 +207,14 @@ fn take(
     }
     lazy::leave_cgroups(dir);
     progress.enter(Phase::Freeze);
-    let cgroups: Vec<&Cgroup> = iter::once(cgroup).chain(&others).collect();
+    let cgroups: Vec<&Cgroup> = scope.cgroups().chain(&others).collect();
     let filesystems = on_disk().map(|selected| selected.name.clone()).collect();
     let freeze = Freeze::new(state, &cgroups, filesystems, request.pause_limit, pages.canceller())?;
 
     progress.enter(Phase::Settle);
     let limited = request.pause_limit.is_some();
     let output = Output { image: &image, pages, tree };
-    let read = read(&container, &selected, &views, &mut lives, limited, output);
+    let read = read(&selected, &views, &mut lives, limited, output);
     let read = read.map_err(|cause| freeze.because(cause))?;
     freeze.lift_limit()?;
     let thaw = coarse_now();
@@ -229,9 +229,9 @@ fn take(
     progress.enter(Phase::Commit);
     let (rounds, copied_live_bytes) = (lives.rounds, lives.copied);
     let Committed { manifest, pages, superseded_bytes, copied_thawed_bytes } =
-        commit(read, lives, thaw, &container, &selected, image, &request.processes)?;
+        commit(read, lives, thaw, containers, &selected, image, &request.processes)?;
     if request.kill {
-        process::kill(init).map_err(|source| CheckpointCause::Kill { pid: init.pid, source })?;
+        scope.kill()?;
     }
     if let Some(freeze) = freeze {
         progress.enter(Phase::Thaw);
@@ -295,7 +295,6 @@ enum Archive {
 
 /// Reads the filesystems under the freeze; nothing is durable yet.
 fn read(
-    container: &ContainerRecord,
     selected: &[Selected],
     views: &[File],
     lives: &mut Lives,
@@ -315,7 +314,7 @@ fn read(
     for ((selected, view), live) in selected.iter().zip(views).zip(&mut lives.filesystems) {
         let record = &selected.record;
         let failed = |source| save_failed(&record.resource_id, &image.pages_path(), source);
-        let ids = record.ids_of(&container.ids);
+        let ids = selected.ids.clone();
         let mut offsets = Offsets::PagesFile;
         let saving = match (&record.filestore, live) {
             (None, Some(live)) => {
@@ -395,7 +394,7 @@ fn commit(
     read: Read,
     mut lives: Lives,
     thaw: Timestamp,
-    container: &ContainerRecord,
+    (containers, pod): (Vec<SavedContainer>, Option<SavedPod>),
     selected: &[Selected],
     image: ImageWriter,
     beside: &[String],
@@ -424,7 +423,7 @@ fn commit(
             }
             (None, Some(live)) => {
                 let start = tree.position();
-                let written = live.write(&selected.record.ids_of(&container.ids), tree);
+                let written = live.write(&selected.ids, tree);
                 let written = written.map_err(|source| {
                     save_failed(&selected.record.resource_id, &image.pages_path(), source)
                 })?;
@@ -468,7 +467,8 @@ fn commit(
         meta,
         pages_length: pages.length,
         pages_path: image.pages_apart(),
-        containers: vec![SavedContainer { name: container.name.clone(), named: container.named }],
+        containers,
+        pod,
         filesystems,
         processes,
     };

@@ -33,7 +33,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Save the tmpfs filesystems of a running container.
+    /// Save the tmpfs filesystems of a running container, or of all containers of its pod.
     Fscheckpoint(Fscheckpoint),
     /// Look whether this node has what Stillframe needs, and say what won't work without it.
     Doctor,
@@ -74,6 +74,9 @@ struct Fscheckpoint {
     /// Keep the pages in this directory, and only the trees in the image.
     #[arg(long, value_name = "DIR")]
     pages_dir: Option<PathBuf>,
+    /// Save the filesystems of all containers of the pod, in one image of one instant; ID is the pod's, or one of its containers'.
+    #[arg(long)]
+    pod: bool,
     /// Let the container run on; otherwise it is killed once the image is complete.
     #[arg(long)]
     leave_running: bool,
@@ -84,6 +87,7 @@ struct Fscheckpoint {
     #[arg(long)]
     json: bool,
     /// The container's id.
+    #[arg(value_name = "ID")]
     container: String,
 }
 
@@ -173,6 +177,7 @@ fn fscheckpoint(arguments: &Fscheckpoint) -> Result<String, Box<dyn Error>> {
     let sandbox = Sandbox::of_container(&namespace, &id)?;
     let sandbox = sandbox.ok_or_else(|| NoContainer { id: id.clone(), namespace })?;
     let request = CheckpointRequest {
+        pod: arguments.pod,
         pages_dir: arguments.pages_dir.clone(),
         paths: arguments.paths.clone(),
         direct: arguments.direct.into(),
@@ -239,6 +244,14 @@ fn inspect(arguments: &Inspect) -> Result<String, Box<dyn Error>> {
     let mut text = String::new();
     writeln!(text, "image        {} (written by stillframe {})", path.display(), manifest.stillframe)?;
     writeln!(text, "pages        {} bytes, verified", manifest.pages_length)?;
+    if let Some(pod) = &manifest.pod {
+        let names: Vec<&str> = manifest.containers.iter().map(|container| container.name.as_str()).collect();
+        let ended = match pod.ended.as_slice() {
+            [] => String::new(),
+            ended => format!(", and had run {}", ended.join(" ")),
+        };
+        writeln!(text, "pod          {}{ended}", names.join(" "))?;
+    }
     for (index, filesystem) in manifest.filesystems.iter().enumerate() {
         let id = &filesystem.resource_id;
         let tree = image.decode_tree(index)?;

@@ -132,6 +132,7 @@ mod tests {
         let record = ContainerRecord {
             id: "c".to_owned(),
             name: "c".to_owned(),
+            sandbox: false,
             named: false,
             ids: stillframe_tmpfs::Ids::default(),
             pages_dir: None,

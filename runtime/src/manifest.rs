@@ -101,6 +101,9 @@ pub struct Manifest {
     pub pages_path: Option<PathBuf>,
     /// The containers whose filesystems are saved.
     pub containers: Vec<SavedContainer>,
+    /// Set if the image is of a whole pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<SavedPod>,
     /// The filesystems, in the order of their trees.
     pub filesystems: Vec<SavedFilesystem>,
     /// Images of the processes of the one container there is, if they were saved, too.
@@ -142,6 +145,14 @@ pub struct SavedContainer {
     pub name: String,
     /// Whether an annotation gave the name; else it is the container's id, which no other can have.
     pub named: bool,
+}
+
+/// A pod that is saved as a whole: its containers are those that ran.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedPod {
+    /// Names of those that had ended, which have nothing in the image.
+    #[serde(default)]
+    pub ended: Vec<String>,
 }
 
 /// What the offsets in a tree's extents mean.
@@ -250,8 +261,14 @@ impl Manifest {
         if self.pages_path.as_ref().is_some_and(|path| !path.is_absolute()) {
             return Err("pages_path isn't absolute");
         }
-        if !self.processes.is_empty() && self.containers.len() != 1 {
+        if !self.processes.is_empty() && (self.containers.len() != 1 || self.pod.is_some()) {
             return Err("there are processes, but not of one container");
+        }
+        let mut containers = HashSet::new();
+        if self.pod.is_some()
+            && !self.containers.iter().all(|container| container.named && containers.insert(&container.name))
+        {
+            return Err("a container of the pod has no name, or another's");
         }
         let mut names = HashSet::new();
         if !self.processes.iter().all(|file| is_process_file(&file.name) && names.insert(&file.name)) {
@@ -307,6 +324,7 @@ mod tests {
             pages_length: 0,
             pages_path: None,
             containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
+            pod: None,
             filesystems: vec![filesystem("/a", 0, 50_000), filesystem("/b", 50_000, 70_000)],
             processes: Vec::new(),
         }
@@ -326,6 +344,8 @@ mod tests {
     #[test]
     fn a_manifest_round_trips() {
         assert_eq!(Manifest::decode(&manifest().encode()).unwrap(), manifest());
+        let pod = Manifest { pod: Some(SavedPod { ended: vec!["setup".to_owned()] }), ..manifest() };
+        assert_eq!(Manifest::decode(&pod.encode()).unwrap(), pod);
         let private = Offsets::PrivateFile { index: 7, format: PrivateFormat::Ext4, ids: Ids::default() };
         let manifest = with_private(&[private, Offsets::PagesFile]);
         assert_eq!(Manifest::decode(&manifest.encode()).unwrap(), manifest);
@@ -381,7 +401,7 @@ mod tests {
         assert!(Manifest::decode(&with_private(&[private(0), private(1)]).encode()).is_ok());
         let twice = with_private(&[private(1), private(1)]).encode();
         assert!(matches!(Manifest::decode(&twice), Err(ManifestError::Contradiction(_))));
-        let changes: [Change; 9] = [
+        let changes: [Change; 11] = [
             |m| m.tree.length += 1,
             |m| m.meta.digests.clear(),
             |m| m.meta.chunk_size = 0,
@@ -391,6 +411,11 @@ mod tests {
             |m| m.containers.clear(),
             |m| m.filesystems[1].aliases = vec![m.filesystems[0].resource_id.clone()],
             |m| m.filesystems[1].aliases = vec![ResourceId::new("x", "/y"), ResourceId::new("x", "/y")],
+            |m| (m.pod, m.containers[0].named) = (Some(SavedPod::default()), false),
+            |m| {
+                (m.pod, m.containers) =
+                    (Some(SavedPod::default()), [&m.containers[..], &m.containers[..]].concat())
+            },
         ];
         for (index, change) in changes.into_iter().enumerate() {
             let mut manifest = manifest();

@@ -15,6 +15,7 @@
 //! whatever medium it was.
 
 mod error;
+pub(crate) mod pod;
 
 use std::path::{Path, PathBuf};
 
@@ -381,6 +382,7 @@ mod tests {
                 .iter()
                 .map(|(name, named)| SavedContainer { name: (*name).to_owned(), named: *named })
                 .collect(),
+            pod: None,
             filesystems: ids.iter().map(filesystem).collect(),
             processes: Vec::new(),
         }

@@ -24,8 +24,8 @@ pub use crate::lazy::{LazyError, Load, LoadPhase, LoadStatus};
 use crate::manifest::{Manifest, SavedContainer};
 use crate::plan::{PlannedMount, plan};
 use crate::process;
+use crate::restore::{self, Target, match_filesystems, restore};
 pub use crate::restore::{RestoreError, RestoreResult};
-use crate::restore::{Target, match_filesystems, restore};
 pub use crate::sandbox::error::{InitError, LoadStatusError, PrepareError, RemoveError};
 use crate::spec::{
     IMAGE_DIR_ANNOTATION, LOAD_ANNOTATION, ON_RESTART_ANNOTATION, OnRestart, PRECOPY_ANNOTATION,
@@ -156,6 +156,7 @@ impl Sandbox {
             id: id.clone(),
             name: name.unwrap_or(id).to_owned(),
             named: name.is_some(),
+            sandbox: spec.is_sandbox(),
             ids: spec.ids().clone(),
             pages_dir: spec.annotation(IMAGE_DIR_ANNOTATION).map(PathBuf::from),
             precopy: spec.annotation(PRECOPY_ANNOTATION) == Some("on"),
@@ -194,6 +195,11 @@ impl Sandbox {
         (image, roll_back): (Option<Image>, bool),
         record: &mut ContainerRecord,
     ) -> Result<(Prepared, bool), PrepareError> {
+        let mut of_others = Vec::new();
+        if let Some(image) = &image {
+            restore::pod::judge(&image.manifest, record, locked.dir())?;
+            of_others = restore::pod::of_others(&image.manifest, &record.name);
+        }
         let original = spec.clone();
         let filestores = Filestores::new(&self.config()?.filestore_dir);
         let mut maker = Maker {
@@ -243,7 +249,8 @@ impl Sandbox {
                 // Processes that come back have their files open already.
                 let whole = holds_processes_of(&image.manifest, maker.record, is_meant(request, &original));
                 let load = if whole { &Load::InPrepare } else { &request.load };
-                let restored = restore(image, &maker.targets, &pairs, spec.may_make_devices(), load)?;
+                let mut restored = restore(image, &maker.targets, &pairs, spec.may_make_devices(), load)?;
+                restored.unused.retain(|id| !of_others.contains(id));
                 maker.mark_restoring(&restoring, false)?;
                 locked.put_restored(&maker.record.name)?;
                 Some(restored)
@@ -254,6 +261,9 @@ impl Sandbox {
         }
         let Maker { targets, record, .. } = maker;
         locked.put_container(record)?;
+        if record.named {
+            locked.put_name(&record.name)?;
+        }
         spec.write()?;
         let filesystems = targets.into_iter().map(|target| target.id).collect();
         Ok((Prepared { filesystems, restored, processes: None }, outlived))
@@ -330,7 +340,8 @@ impl Sandbox {
     }
 
     /// The same, but as the container's annotations ask for: for checkpoints that come through containerd,
-    /// whose archive the pages may be kept out of. `ahead` is what was copied before the container was paused.
+    /// whose archive the pages may be kept out of. `ahead` is what was copied before the container was paused. That of a pod's own
+    /// container is one of the whole pod.
     pub fn checkpoint_as_asked(
         &self,
         mut request: CheckpointRequest,
@@ -338,6 +349,8 @@ impl Sandbox {
     ) -> Result<CheckpointResult, CheckpointError> {
         let locked = self.locked(&request.container_id)?;
         let container = self.dir.container(&request.container_id).map_err(in_preparation)?;
+        request.pod =
+            container.as_ref().is_some_and(|container| container.sandbox) && request.processes.is_empty();
         request.pages_dir = container.and_then(|container| container.pages_dir);
         crate::checkpoint::checkpoint(&locked, &request, ahead)
     }
@@ -345,7 +358,8 @@ impl Sandbox {
     /// Before the container is paused to be saved: copies its filesystems while it runs, if its annotations ask for it.
     pub fn copy_ahead(&self, container_id: &str) -> Result<Option<Ahead>, CheckpointError> {
         let asked = self.dir.container(container_id).map_err(in_preparation)?;
-        if !asked.is_some_and(|container| container.precopy) {
+        // A pod's own is saved with all others, which aren't paused with it.
+        if !asked.is_some_and(|container| container.precopy && !container.sandbox) {
             return Ok(None);
         }
         Ahead::copy(&self.locked(container_id)?, container_id)

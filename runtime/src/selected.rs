@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, PrivateMemoryFileMeta, SaveError};
+use stillframe_tmpfs::Ids;
 use stillframe_tmpfs::filestore::{self, FilestoreError, reflink};
 use stillframe_tmpfs::mount::open_view;
 
@@ -24,6 +25,8 @@ pub(crate) struct Selected {
     pub(crate) name: String,
     pub(crate) record: FilesystemRecord,
     pub(crate) mountpoint: PathBuf,
+    /// The mappings between the ids on it and those in the containers that have it.
+    pub(crate) ids: Ids,
 }
 
 impl Selected {
@@ -90,14 +93,17 @@ impl SavedFile {
     }
 }
 
-/// Finds the filesystems; every selection must find one, and no two may have the same name.
+/// Finds the containers' filesystems, each once; every selection must find one, and no two may have the same name.
 pub(crate) fn select(
     dir: &StateDir,
-    container: &ContainerRecord,
+    containers: &[&ContainerRecord],
     selectors: &[Selector],
 ) -> Result<Vec<Selected>, CheckpointCause> {
     let mut all = Vec::new();
-    for name in &container.filesystems {
+    for (container, name) in containers
+        .iter()
+        .flat_map(|container| container.filesystems.iter().map(move |name| (container, name)))
+    {
         if all.iter().any(|selected: &Selected| selected.mountpoint == dir.mountpoint(name)) {
             continue;
         }
@@ -107,7 +113,12 @@ pub(crate) fn select(
             source: io::ErrorKind::NotFound.into(),
         };
         let record = dir.filesystem(name)?.ok_or_else(missing)?;
-        all.push(Selected { name: name.clone(), record, mountpoint: dir.mountpoint(name) });
+        if container.sandbox && !record.resource_id.container.is_empty() {
+            // Nobody's: containerd 1.6 covers one with the pod's /dev/shm.
+            continue;
+        }
+        let ids = record.ids_of(&container.ids);
+        all.push(Selected { name: name.clone(), record, mountpoint: dir.mountpoint(name), ids });
     }
     let matches = |selected: &Selected, selector: &Selector| {
         selected.record.ids().into_iter().any(|id| selector.matches(id))
@@ -142,15 +153,16 @@ fn describe(selected: &Selected) -> String {
     }
 }
 
-/// The cgroups of the other containers that have one of the filesystems and run.
+/// The cgroups of containers other than these that have one of the filesystems and run.
 pub(crate) fn others(
     dir: &StateDir,
-    container: &str,
+    containers: &[&ContainerRecord],
     selected: &[Selected],
 ) -> Result<Vec<Cgroup>, CheckpointCause> {
     let users =
         selected.iter().flat_map(|selected| &selected.record.users).map(|user| user.container.as_str());
-    let users: BTreeSet<&str> = users.filter(|user| *user != container).collect();
+    let other = |user: &&str| containers.iter().all(|container| container.id != *user);
+    let users: BTreeSet<&str> = users.filter(other).collect();
     let mut cgroups = Vec::new();
     for user in users {
         let Some(record) = dir.container(user)? else { continue };
@@ -176,10 +188,14 @@ fn device(path: &Path) -> io::Result<u64> {
     Ok(path.metadata()?.dev())
 }
 
-pub(crate) fn count_unlinked(cgroup: &Cgroup, selected: &[Selected]) -> Unlinked {
+pub(crate) fn count_unlinked<'a>(
+    cgroups: impl Iterator<Item = &'a Cgroup>,
+    selected: &[Selected],
+) -> Unlinked {
     // A mountpoint that can't be looked at is reported when it is saved.
     let devices = selected.iter().filter_map(|selected| device(&selected.mountpoint).ok());
-    unlinked::count(&cgroup.processes(), &devices.collect::<Vec<_>>())
+    let processes: Vec<i32> = cgroups.flat_map(Cgroup::processes).collect();
+    unlinked::count(&processes, &devices.collect::<Vec<_>>())
 }
 
 /// Views of the filesystems, by which they are read before and under the freeze.

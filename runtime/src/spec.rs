@@ -28,6 +28,8 @@ pub const MODE_ANNOTATION: &str = "dev.stillframe.checkpoint.mode";
 pub const LOAD_ANNOTATION: &str = "dev.stillframe.restore.load";
 /// What of the image a container gets that has been restored in this sandbox before: see [`OnRestart`].
 pub const ON_RESTART_ANNOTATION: &str = "dev.stillframe.restore.on-restart";
+/// What a container is to its pod, `container` or `sandbox`, as containerd's CRI writes it.
+const CRI_TYPE_ANNOTATION: &str = "io.kubernetes.cri.container-type";
 /// Name of the container in its pod, as containerd's CRI writes it.
 pub const CRI_NAME_ANNOTATION: &str = "io.kubernetes.cri.container-name";
 
@@ -162,6 +164,11 @@ impl Spec {
     /// The name given to the container by an annotation, if one does.
     pub fn container_name(&self) -> Option<&str> {
         self.annotation(NAME_ANNOTATION).or_else(|| self.annotation(CRI_NAME_ANNOTATION))
+    }
+
+    /// Whether it is the pod's own container.
+    pub fn is_sandbox(&self) -> bool {
+        self.annotation(CRI_TYPE_ANNOTATION) == Some("sandbox")
     }
 
     /// SELinux label of the container's mounts.

@@ -8,6 +8,7 @@
 //! | `filesystems/<name>/record.json` | [`FilesystemRecord`] |
 //! | `filesystems/<name>/load.*` | what is still being loaded of it ([`crate::lazy`]) |
 //! | `restored.json` | names of the containers that have been restored here |
+//! | `names.json` | names of the containers that have been here, those that an annotation gave |
 //! | `last-checkpoint.json` | what the last checkpoint did |
 //! | `freeze.json` | [`FreezeMarker`]: what a checkpoint has frozen, while it has |
 //!
@@ -139,6 +140,11 @@ impl StateDir {
         Ok(names.is_some_and(|names| names.iter().any(|restored| restored == name)))
     }
 
+    /// Names of the containers that have been here, in their order, as far as an annotation gave them.
+    pub fn container_names(&self) -> Result<Vec<String>, StateError> {
+        Ok(read(&self.path.join(NAMES))?.unwrap_or_default())
+    }
+
     /// Where a filesystem is mounted.
     pub fn mountpoint(&self, filesystem: &str) -> PathBuf {
         self.filesystem_dir(filesystem).join("mnt")
@@ -224,11 +230,21 @@ impl Locked {
 
     /// Takes note that a container of this name has been restored.
     pub fn put_restored(&self, name: &str) -> Result<(), StateError> {
-        let path = self.dir.path.join(RESTORED);
+        self.add_name(RESTORED, name)
+    }
+
+    /// Takes note that a container of this name has been here.
+    pub fn put_name(&self, name: &str) -> Result<(), StateError> {
+        self.add_name(NAMES, name)
+    }
+
+    fn add_name(&self, file: &str, name: &str) -> Result<(), StateError> {
+        let path = self.dir.path.join(file);
         let mut names: Vec<String> = read(&path)?.unwrap_or_default();
-        if !names.iter().any(|restored| restored == name) {
-            names.push(name.to_owned());
+        if names.iter().any(|there| there == name) {
+            return Ok(());
         }
+        names.push(name.to_owned());
         write(&path, &names)
     }
 
@@ -323,7 +339,7 @@ impl Locked {
         if !self.dir.is_unused()? {
             return Ok(());
         }
-        for name in [RESTORED, "last-checkpoint.json", "freeze.json", "lock"] {
+        for name in [RESTORED, NAMES, "last-checkpoint.json", "freeze.json", "lock"] {
             let file = self.dir.path.join(name);
             absent_is_fine(fs::remove_file(&file)).map_err(at("remove", &file))?;
         }
@@ -340,6 +356,7 @@ impl Locked {
 }
 
 const RESTORED: &str = "restored.json";
+const NAMES: &str = "names.json";
 
 /// What names of the pod's filesystems begin with. They have no dot, and those of a container's always have one.
 const POD: &str = "pod-";

@@ -59,6 +59,7 @@ fn image_of(filesystems: &[&Tmpfs]) -> tempfile::TempDir {
         pages_length: summary.length,
         pages_path: None,
         containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
+        pod: None,
         filesystems: saved,
         processes: Vec::new(),
     };

@@ -220,6 +220,7 @@ fn manifests() -> Vec<(&'static str, Vec<u8>)> {
         pages_length: 4096,
         pages_path: None,
         containers: vec![SavedContainer { name: "c".to_owned(), named: true }],
+        pod: None,
         filesystems,
         processes: Vec::new(),
     };

@@ -64,7 +64,7 @@ impl Ahead {
         let unknown = || CheckpointCause::Unknown { id: id.to_owned(), sandbox: dir.path().to_owned() };
         let container = dir.container(id)?.ok_or_else(unknown)?;
         let Some(pages_dir) = container.pages_dir.clone() else { return Ok(None) };
-        let selected = select(dir, &container, &[])?;
+        let selected = select(dir, &[&container], &[])?;
         let (file, path) = image::pages_apart(&pages_dir)?;
         not_on_itself(&pages_dir, &selected)?;
         let views = open_views(&selected)?;
@@ -99,6 +99,7 @@ impl Ahead {
     /// Whether it is of what is asked for.
     pub(crate) fn fits(&self, request: &CheckpointRequest, selected: &[Selected]) -> bool {
         self.container == request.container_id
+            && !request.pod
             && request.pages_dir.as_ref() == Some(&self.pages_dir)
             && selected.iter().map(|selected| &selected.name).eq(&self.filesystems)
     }

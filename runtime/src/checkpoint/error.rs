@@ -14,6 +14,7 @@ use stillframe_tmpfs::save::SaveTreeError;
 use crate::checkpoint::phase::Phase;
 use crate::freezer::FreezeError;
 use crate::image::ImageError;
+use crate::spec::NAME_ANNOTATION;
 use crate::state::StateError;
 
 /// A checkpoint failed. Nothing is frozen any more that the checkpoint froze, and of the image nothing is left, unless the
@@ -61,6 +62,17 @@ pub enum CheckpointCause {
         "container {0} has no cgroup of its own, so it can't be frozen: give it one (linux.cgroupsPath), or pause it"
     )]
     NoCgroup(String),
+    /// A container of a pod has no name by which it would be found again.
+    #[error(
+        "container {0} of the pod has a filesystem of its own and no name by which it could be found again: give it one \
+         (annotation {NAME_ANNOTATION})"
+    )]
+    Unnamed(String),
+    /// Two containers of a pod have one name.
+    #[error(
+        "two containers of the pod are called \"{0}\": give each a name of its own (annotation {NAME_ANNOTATION})"
+    )]
+    NameTwice(String),
     /// A selection matches nothing.
     #[error("no filesystem of the container is \"{selector}\"; there are: {there}")]
     NoMatch {

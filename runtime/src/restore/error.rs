@@ -15,6 +15,18 @@ use crate::lazy::LazyError;
 /// Why an image couldn't be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
+    /// A container that isn't one of the pod's that was saved.
+    #[error(
+        "the image is of a pod that has no container \"{name}\", and of those that it has {} isn't here yet: give the pod's \
+         containers the names that they had, or the pod its own image",
+        missing.join(", ")
+    )]
+    OtherPod {
+        /// The container's name.
+        name: String,
+        /// Names of the pod's containers that haven't been made.
+        missing: Vec<String>,
+    },
     /// The image can't be used.
     #[error(transparent)]
     Image(#[from] ImageError),

@@ -17,6 +17,9 @@ pub struct ContainerRecord {
     pub name: String,
     /// Whether an annotation gave the name; else it is the id.
     pub named: bool,
+    /// Whether it is the pod's own container (CRI's sandbox), which runs nothing of the application's.
+    #[serde(default)]
+    pub sandbox: bool,
     /// Its user namespace's mappings.
     pub ids: Ids,
     /// Where the pages of its checkpoints are to be kept, if not in the image.
