@@ -139,7 +139,13 @@ pub fn cgroups(name: &str) -> Vec<PathBuf> {
 
 /// What of the containers lies in the directories that all containerds share.
 pub fn files(plan: &Plan) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = ["/run/stillframe", "/run/containerd/runc", "/run/containerd/stillframe"]
+    let shared = [
+        "/run/stillframe",
+        "/run/containerd/runc",
+        "/run/containerd/stillframe",
+        "/var/lib/stillframe/filestore",
+    ];
+    let mut found: Vec<PathBuf> = shared
         .iter()
         .flat_map(|parent| owned(plan, Path::new(parent)))
         .filter(|path| path.exists())

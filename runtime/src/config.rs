@@ -25,7 +25,7 @@ pub const FILESTORE_DIR: &str = "/var/lib/stillframe/filestore";
 /// The configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Directory of the files that hold filesystems on disk; made when it is needed.
+    /// Directory of the files that hold filesystems on disk, and of unpacked images; made when it is needed.
     pub filestore_dir: PathBuf,
     /// What a checkpoint through containerd saves where the container's annotations don't say.
     pub checkpoint_mode: CheckpointMode,

@@ -1,5 +1,5 @@
 //! The files that hold filesystems on disk: `FILESTORE_DIR/<namespace>/<sandbox>/<filesystem>.img`, 0600 in directories
-//! of 0700.
+//! of 0700. Beside them are the sandbox's unpacked images ([`crate::images`]).
 //!
 //! Invariant: a file is made only while its sandbox's lock is held and its filesystem's record is written, and removed
 //! before the record is. So what is here of a sandbox without containers and filesystems is what a crash or a reboot
@@ -10,6 +10,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::images;
 use crate::state::{Locked, StateDir, StateError, absent_is_fine, make_dir, names};
 
 /// Attempts to make directories that somebody else may be removing.
@@ -35,6 +36,12 @@ impl Filestores {
     pub fn path(&self, sandbox: &StateDir, filesystem: &str) -> PathBuf {
         let (namespace, id) = sandbox.location();
         self.root.join(namespace).join(id).join(format!("{filesystem}.img"))
+    }
+
+    /// Where the unpacked images of a sandbox are.
+    pub fn images(&self, sandbox: &StateDir) -> PathBuf {
+        let (namespace, id) = sandbox.location();
+        self.root.join(namespace).join(id).join("images")
     }
 
     /// Makes the directory of `path` and removes what was left at it.
@@ -87,6 +94,7 @@ impl Filestores {
             tracing::info!(path = %directory.join(name).display(), "removed what a sandbox has left");
             remove(&directory.join(name))?;
         }
+        images::remove(&self.images(locked.dir()))?;
         remove_directories(&directory);
         Ok(())
     }
@@ -102,7 +110,7 @@ pub fn remove(path: &Path) -> Result<(), StateError> {
 }
 
 /// Those of a sandbox and its namespace, if they are empty.
-fn remove_directories(sandbox: &Path) {
+pub(crate) fn remove_directories(sandbox: &Path) {
     if fs::remove_dir(sandbox).is_ok()
         && let Some(namespace) = sandbox.parent()
     {
@@ -166,6 +174,13 @@ mod tests {
         let filestores = Filestores::new(&store);
         let sandbox = StateDir::new(&state, "ns", "new").unwrap();
         let path = filestores.path(&sandbox, "c.0");
+        // Before the sandbox is made, with its image being unpacked.
+        let images = images::Images::lock(filestores.images(&sandbox)).unwrap();
+        filestores.sweep(&state);
+        assert!(images.directory().exists());
+        drop(images);
+        filestores.sweep(&state);
+        assert!(!store.join("ns").exists());
         // Between making the sandbox and writing the first record, with a file already there.
         let locked = sandbox.create().unwrap();
         filestores.make_room(&path).unwrap();

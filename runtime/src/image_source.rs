@@ -1,16 +1,20 @@
 //! Where an image to restore from comes from: a directory, or a tar archive that holds one.
 //!
 //! The archive is the one that containerd's CRI writes on a checkpoint request: the image's files are in its
-//! directory `checkpoint/`. They are unpacked into a directory below the temporary directory,
-//! which is gone when this is dropped. Nothing else of the archive is looked at, and nothing in it can name a place
+//! directory `checkpoint/`. They are unpacked once for a sandbox ([`crate::images`]). Nothing else of the archive is looked at, and nothing in it can name a place
 //! to write to.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use xxhash_rust::xxh3::xxh3_128;
+
 use crate::image::{MANIFEST, META, PAGES, TREE};
+use crate::images::{Images, UnpackError};
 use crate::processes::is_process_file;
+use crate::state::StateError;
 
 /// Why there is no image to be had.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +35,9 @@ pub enum ImageSourceError {
         #[source]
         source: io::Error,
     },
+    /// The directory to unpack it into.
+    #[error(transparent)]
+    Directory(#[from] StateError),
     /// The archive holds no image.
     #[error("the archive {path} holds no checkpoint image: {missing} isn't in its directory checkpoint/")]
     NoImage {
@@ -41,44 +48,50 @@ pub enum ImageSourceError {
     },
 }
 
-/// An image directory that can be opened as long as this lives.
+/// An image's directory.
 #[derive(Debug)]
-pub enum ImageSource {
-    /// It is there.
-    Directory(PathBuf),
-    /// It was unpacked.
-    Unpacked(tempfile::TempDir),
+pub struct Found {
+    /// Where it is.
+    pub directory: PathBuf,
+    /// While this lives, nobody removes what was unpacked for a sandbox that has no container yet.
+    _images: Option<Images>,
 }
 
-impl ImageSource {
-    /// Finds the image at `path`.
-    pub fn open(path: &Path) -> Result<Self, ImageSourceError> {
-        if !path.is_absolute() {
-            return Err(ImageSourceError::Relative(path.to_owned()));
-        }
-        // What isn't there is reported by who opens the image.
-        if !path.is_file() {
-            return Ok(Self::Directory(path.to_owned()));
-        }
-        let fail =
-            |operation| move |source| ImageSourceError::Read { operation, path: path.to_owned(), source };
-        let directory = tempfile::Builder::new().prefix("stillframe-image-").tempdir();
-        let directory = directory.map_err(fail("unpack"))?;
-        let archive = File::open(path).map_err(fail("open"))?;
-        let missing = unpack(archive, directory.path()).map_err(fail("unpack"))?;
-        match missing {
+/// Finds the image at `path`, an archive's among `images`.
+pub fn find(
+    path: &Path,
+    images: impl FnOnce() -> Result<Images, StateError>,
+) -> Result<Found, ImageSourceError> {
+    if !path.is_absolute() {
+        return Err(ImageSourceError::Relative(path.to_owned()));
+    }
+    // What isn't there is reported by who opens the image.
+    if !path.is_file() {
+        return Ok(Found { directory: path.to_owned(), _images: None });
+    }
+    let fail = |operation| move |source| ImageSourceError::Read { operation, path: path.to_owned(), source };
+    let archive = File::open(path).map_err(fail("open"))?;
+    let key = key(&archive.metadata().map_err(fail("stat"))?);
+    let images = images()?;
+    let unpacked =
+        images.get(&key, |directory| match unpack(archive, directory).map_err(fail("unpack"))? {
             Some(missing) => Err(ImageSourceError::NoImage { path: path.to_owned(), missing }),
-            None => Ok(Self::Unpacked(directory)),
-        }
+            None => Ok(()),
+        });
+    match unpacked {
+        Ok(directory) => Ok(Found { directory, _images: Some(images) }),
+        Err(UnpackError::Directory(source)) => Err(source.into()),
+        Err(UnpackError::Unpack(error)) => Err(error),
     }
+}
 
-    /// The image directory.
-    pub fn directory(&self) -> &Path {
-        match self {
-            Self::Directory(path) => path,
-            Self::Unpacked(directory) => directory.path(),
-        }
-    }
+/// What an archive is known by: a digest of its contents would take as long as unpacking it.
+fn key(archive: &Metadata) -> String {
+    let times = [archive.mtime(), archive.mtime_nsec(), archive.ctime(), archive.ctime_nsec()]
+        .map(i64::cast_unsigned);
+    let parts = [archive.dev(), archive.ino(), archive.size()].into_iter().chain(times);
+    let bytes: Vec<u8> = parts.flat_map(u64::to_le_bytes).collect();
+    format!("archive-{:032x}", xxh3_128(&bytes))
 }
 
 /// Unpacks the image in a tar archive, in its directory `checkpoint/` or in its root, into a directory that is empty. Gives
@@ -122,8 +135,12 @@ mod tests {
         file
     }
 
+    fn open(path: &Path, dir: &Path) -> Result<PathBuf, ImageSourceError> {
+        find(path, || Images::lock(dir.join("images"))).map(|found| found.directory)
+    }
+
     #[test]
-    fn an_archive_is_unpacked_and_goes_again() {
+    fn an_archive_is_unpacked_once_and_again_when_it_is_another() {
         let file = archive(&[
             ("spec.dump", b"not ours"),
             ("checkpoint/manifest.json", b"m"),
@@ -133,28 +150,35 @@ mod tests {
             ("checkpoint/../../evil", b"e"),
             ("/etc/evil", b"e"),
         ]);
-        let source = ImageSource::open(file.path()).unwrap();
-        let directory = source.directory().to_owned();
+        let dir = tempfile::tempdir().unwrap();
+        let directory = open(file.path(), dir.path()).unwrap();
         let mut names: Vec<_> =
             fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["manifest.json", "pages.img", "pages.meta", "tree.tar"]);
         assert_eq!(fs::read(directory.join("pages.img")).unwrap(), b"i");
-        drop(source);
-        assert!(!directory.exists());
+        fs::write(directory.join("mark"), "").unwrap();
+        assert_eq!(open(file.path(), dir.path()).unwrap(), directory);
+        assert!(directory.join("mark").exists());
+        let time = fs::FileTimes::new().set_modified(std::time::SystemTime::UNIX_EPOCH);
+        file.as_file().set_times(time).unwrap();
+        let other = open(file.path(), dir.path()).unwrap();
+        assert!(other != directory && other.join("tree.tar").exists());
     }
 
     #[test]
     fn what_is_no_image_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |path: &Path| open(path, dir.path());
         let without = archive(&[("checkpoint/manifest.json", b"m")]);
-        let error = ImageSource::open(without.path()).unwrap_err().to_string();
+        let error = open(without.path()).unwrap_err().to_string();
         assert!(error.contains("tree.tar isn't in its directory"), "{error}");
         let twice = archive(&[("checkpoint/manifest.json", b"m"), ("manifest.json", b"m")]);
-        assert!(ImageSource::open(twice.path()).is_err());
-        let error = ImageSource::open(Path::new("relative")).unwrap_err().to_string();
+        assert!(open(twice.path()).is_err());
+        let error = open(Path::new("relative")).unwrap_err().to_string();
         assert!(error.contains("\"relative\""), "{error}");
         let text = tempfile::NamedTempFile::new().unwrap();
         fs::write(text.path(), [b'x'; 2000]).unwrap();
-        assert!(ImageSource::open(text.path()).is_err());
+        assert!(open(text.path()).is_err());
     }
 }

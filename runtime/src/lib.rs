@@ -15,6 +15,7 @@ pub mod freezer;
 pub mod hints;
 pub mod image;
 pub mod image_source;
+pub mod images;
 pub mod lazy;
 pub mod manifest;
 mod oci_runtime;

@@ -18,7 +18,8 @@ use crate::config::{Config, ConfigError};
 use crate::filestores::Filestores;
 use crate::filesystems::{self, Maker};
 use crate::image::Image;
-use crate::image_source::ImageSource;
+use crate::image_source;
+use crate::images::{self, Images};
 use crate::lazy;
 pub use crate::lazy::{LazyError, Load, LoadPhase, LoadStatus};
 use crate::manifest::{Manifest, SavedContainer};
@@ -61,7 +62,7 @@ pub struct Prepared {
     pub restored: Option<RestoreResult>,
     /// The image, where it holds the container's processes as well, and the filesystems are as they knew them: they can be restored
     /// from its directory.
-    pub processes: Option<ImageSource>,
+    pub processes: Option<PathBuf>,
 }
 
 /// Whether the image has processes, and they are this container's. In a pod several may be given the same image by the pod's
@@ -119,6 +120,16 @@ impl Sandbox {
     /// Before `runc create`: mounts each tmpfs of the bundle's spec, restores them if asked to, and
     /// rewrites the spec so that runc gets bind mounts. Undoes everything on error.
     pub fn prepare(&self, request: &PrepareRequest) -> Result<Prepared, PrepareError> {
+        let prepared = self.prepare_from_image(request);
+        if prepared.is_err()
+            && let Err(error) = self.remove_images()
+        {
+            tracing::warn!(%error, "what was unpacked couldn't be removed again");
+        }
+        prepared
+    }
+
+    fn prepare_from_image(&self, request: &PrepareRequest) -> Result<Prepared, PrepareError> {
         let id = &request.container_id;
         let mut spec = Spec::read(&request.bundle)?;
         let plan = plan(&spec, &request.rootfs)?;
@@ -137,14 +148,14 @@ impl Sandbox {
         let on_restart = on_restart.map_err(PrepareError::OnRestart)?;
         // An image is judged before anything is mounted.
         let asked = spec.annotation(RESTORE_FROM_ANNOTATION).map(PathBuf::from);
-        let source = match request.restore_from.clone().or(asked) {
-            Some(path) => Some(ImageSource::open(&path).map_err(PrepareError::Source)?),
-            None => None,
-        };
-        let image = match &source {
-            Some(source) => Some(Image::open(source.directory()).map_err(RestoreError::from)?),
-            None => None,
-        };
+        let find = |path: PathBuf| image_source::find(&path, || self.images());
+        let source = request.restore_from.clone().or(asked).map(find).transpose();
+        let source = source.map_err(PrepareError::Source)?;
+        let image = source
+            .as_ref()
+            .map(|found| Image::open(&found.directory))
+            .transpose()
+            .map_err(RestoreError::from)?;
         // Before the sandbox is locked: it locks others.
         Filestores::new(&self.config()?.filestore_dir).sweep(Path::new(STATE_ROOT));
         let locked = self.dir.create()?;
@@ -181,7 +192,7 @@ impl Sandbox {
         }
         let (mut prepared, outlived) = prepared?;
         // Processes go with the files that they had, not with what has become of a volume since.
-        prepared.processes = source.filter(|_| processes && !outlived);
+        prepared.processes = source.map(|found| found.directory).filter(|_| processes && !outlived);
         Ok(prepared)
     }
 
@@ -377,13 +388,30 @@ impl Sandbox {
     pub fn remove(&self, container_id: &str) -> Result<(), RemoveError> {
         match self.dir.lock()? {
             Some(locked) => self.remove_locked(&locked, container_id),
-            None => Ok(()),
+            None => Ok(self.remove_images()?),
         }
     }
 
     fn remove_locked(&self, locked: &Locked, container_id: &str) -> Result<(), RemoveError> {
         filesystems::remove_of(locked, container_id)?;
-        Ok(locked.remove_container(container_id)?)
+        locked.remove_container(container_id)?;
+        Ok(self.remove_images()?)
+    }
+
+    /// The sandbox's unpacked images, for one that is to be used before there is a container.
+    pub fn images(&self) -> Result<Images, StateError> {
+        let config = self.config().unwrap_or_default();
+        Images::lock(Filestores::new(&config.filestore_dir).images(&self.dir))
+    }
+
+    /// Removes the unpacked images, if the sandbox has no container (any more).
+    fn remove_images(&self) -> Result<(), StateError> {
+        if !self.dir.is_unused()? {
+            return Ok(());
+        }
+        // What a configuration that can't be read hides is swept later.
+        let Ok(config) = self.config() else { return Ok(()) };
+        images::remove(&Filestores::new(&config.filestore_dir).images(&self.dir))
     }
 
     /// Thaws what a checkpoint has left frozen that died, as each other call here does that changes something. Waits for one

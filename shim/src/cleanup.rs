@@ -11,6 +11,7 @@ use containerd_shim::Flags;
 use containerd_shim::api::{DeleteResponse, Options};
 use containerd_shim::util::{read_options, read_pid_from_file};
 
+use crate::bundle::Spec;
 use crate::driver::Runc;
 use crate::launch::socket_path;
 use crate::process::timestamp;
@@ -47,7 +48,7 @@ pub async fn delete(flags: &Flags) -> std::io::Result<DeleteResponse> {
     if let Err(error) = rootfs::unmount(&rootfs::directory(&bundle)).await {
         complain("unmounting", &error);
     }
-    remove_filesystems(flags).await;
+    remove_filesystems(flags, &bundle).await;
     remove_socket(&bundle);
     let exit = Exit::now(0);
     Ok(DeleteResponse {
@@ -65,8 +66,16 @@ fn is_init_of(pid: i32, id: &str) -> bool {
     cgroups.lines().any(|line| line.rsplit('/').next().is_some_and(|name| name.contains(id)))
 }
 
-async fn remove_filesystems(flags: &Flags) {
-    let removed = match Filesystems::find(&flags.namespace, &flags.id).await {
+async fn remove_filesystems(flags: &Flags, bundle: &Path) {
+    let (namespace, id) = (&flags.namespace, &flags.id);
+    let mut found = Filesystems::find(namespace, id).await;
+    // The shim may have died before the sandbox knew the container, with an image unpacked for it.
+    if let Ok(None) = found
+        && let Ok(spec) = Spec::read(bundle)
+    {
+        found = Filesystems::new(namespace, spec.sandbox_id(id), id).map(Some);
+    }
+    let removed = match found {
         Ok(Some(filesystems)) => filesystems.remove().await,
         Ok(None) => Ok(()),
         Err(error) => Err(error),

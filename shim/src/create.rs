@@ -106,17 +106,16 @@ impl Making<'_> {
             [&request.checkpoint, &self.options.criu_image_path].into_iter().find(|path| !path.is_empty());
         // Of a directory or an archive that the annotation names nothing need be known here.
         let named = self.spec.image_to_restore().filter(|_| image.is_none());
-        let fetched = match named {
-            Some(name) => {
-                let failed = |source| TaskError::Fetch { id: request.id.clone(), source };
-                Some(fetch::fetch(self.shim, name).await.map_err(failed)?)
-            }
-            None => None,
-        };
-        let fetched_path = fetched.as_ref().map(|fetched| fetched.path().to_owned());
-        let (runtime, image) = (driver::binary(&self.options), image.map(PathBuf::from));
-        let processes =
-            self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image.or(fetched_path)).await?;
+        let (mut image, mut images) = (image.map(PathBuf::from), None);
+        if let Some(name) = named {
+            // Until the container is known to the sandbox.
+            let images = images.insert(self.filesystems.images().await?);
+            let failed = |source| TaskError::Fetch { id: request.id.clone(), source };
+            image = Some(fetch::fetch(self.shim, name, images).await.map_err(failed)?);
+        }
+        let runtime = driver::binary(&self.options);
+        let processes = self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image).await?;
+        drop(images);
         self.phase = Phase::Prepared;
 
         let owner = Owner {
@@ -131,7 +130,7 @@ impl Making<'_> {
         if let Some(image) = processes
             && first()
         {
-            return Ok(Made::Saved(Restoring { image, fetched, io }));
+            return Ok(Made::Saved(Restoring { image, io }));
         }
         let made = self.run(&io).await;
         if made.is_err() {
@@ -225,7 +224,8 @@ impl Making<'_> {
         {
             tracing::warn!(container = id, %error, "undoing a failed create");
         }
-        if self.phase >= Phase::Prepared
+        // Before that an image may have been unpacked for it.
+        if self.phase >= Phase::Mounted
             && let Err(error) = self.filesystems.remove().await
         {
             tracing::warn!(container = id, error = error::chain(&error), "undoing a failed create");

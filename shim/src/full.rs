@@ -18,9 +18,7 @@ use containerd_shim::protos::events::task::TaskStart;
 use containerd_shim::protos::shim::oci::CheckpointOptions;
 use runc::options::CreateOpts;
 use stillframe_runtime::config::CheckpointMode;
-use stillframe_runtime::image_source::ImageSource;
 use stillframe_runtime::processes::is_process_file;
-use tempfile::TempDir;
 
 use crate::container::Container;
 use crate::create::adopt;
@@ -41,11 +39,8 @@ pub struct Mode {
 /// Processes that `start` restores.
 #[derive(Debug)]
 pub struct Restoring {
-    /// The image; what was unpacked for it is there as long as this is.
-    pub image: ImageSource,
-    /// What was got from containerd for it, likewise.
-    #[expect(dead_code, reason = "it is held so that its directory stays")]
-    pub fetched: Option<TempDir>,
+    /// The image's directory.
+    pub image: PathBuf,
     /// Their stdio.
     pub io: Arc<ProcessIo>,
 }
@@ -118,7 +113,7 @@ impl Container {
         options.console_socket = restoring.io.console_socket();
         options.io = restoring.io.driver();
         let birth = self.shim.reaper.birth();
-        let images = restoring.image.directory();
+        let images = &restoring.image;
         self.runc.restore(&self.id, &options, images, &self.work(""), &self.mode).await?;
         drop(options);
         let (pid, exit, oom) = adopt(&self.shim, &self.id, &pid_file, &birth, &self.filesystems).await?;

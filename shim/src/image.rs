@@ -89,11 +89,14 @@ impl Blobs for Store {
     }
 }
 
-/// Unpacks the checkpoint in the image `name` into an empty directory.
-pub fn unpack(store: &Store, name: &str, namespace: &str, directory: &Path) -> Result<(), ImageError> {
-    let target = store
-        .image(name)?
-        .ok_or_else(|| ImageError::NoImage { name: name.to_owned(), namespace: namespace.to_owned() })?;
+/// What the image `name` is.
+pub fn find(store: &Store, name: &str, namespace: &str) -> Result<Target, ImageError> {
+    let none = || ImageError::NoImage { name: name.to_owned(), namespace: namespace.to_owned() };
+    store.image(name)?.ok_or_else(none)
+}
+
+/// Unpacks the checkpoint in an image, which is called `name`, into an empty directory.
+pub fn unpack(store: &Store, name: &str, target: Target, directory: &Path) -> Result<(), ImageError> {
     unpack_target(store, name, target, directory)
 }
 

@@ -60,7 +60,10 @@ fn main() -> ExitCode {
         }
         Some((action, rest)) if action == fetch::ACTION => {
             return match fetch::run(rest) {
-                Ok(()) => ExitCode::SUCCESS,
+                Ok(directory) => {
+                    print!("{}", directory.display());
+                    ExitCode::SUCCESS
+                }
                 Err(error) => {
                     eprintln!("{}", error::chain(&error));
                     ExitCode::FAILURE

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use stillframe_runtime::image_source::ImageSource;
+use stillframe_runtime::images::Images;
 use stillframe_runtime::sandbox::{Ahead, CheckpointRequest, Load, PrepareRequest, Sandbox};
 
 use crate::error::TaskError;
@@ -45,7 +45,7 @@ impl Filesystems {
     }
 
     /// Mounts the container's filesystems, with the contents of the image at `restore_from` if there is one, and rewrites the
-    /// bundle's config.json to use them. Undoes everything on error. `runtime` is the command of runc. Gives the image if it holds
+    /// bundle's config.json to use them. Undoes everything on error. `runtime` is the command of runc. Gives the image's directory if it holds
     /// the container's processes, too.
     pub async fn prepare(
         &self,
@@ -53,7 +53,7 @@ impl Filesystems {
         rootfs: PathBuf,
         runtime: PathBuf,
         restore_from: Option<PathBuf>,
-    ) -> Result<Option<ImageSource>, TaskError> {
+    ) -> Result<Option<PathBuf>, TaskError> {
         let container_id = self.container_id.clone();
         // By this program, which is there for sure: see `load`.
         let load = Load::Apart { program: "/proc/self/exe".into(), eager: false };
@@ -63,6 +63,11 @@ impl Filesystems {
             tracing::info!(container = self.container_id, bytes = restored.bytes, ?restored, "restored");
         }
         Ok(prepared.processes)
+    }
+
+    /// Where an image of containerd's can be unpacked for the sandbox; it stays while what is returned lives.
+    pub async fn images(&self) -> Result<Images, TaskError> {
+        self.call("finding the images of", |sandbox| sandbox.images()).await
     }
 
     /// Tells the sandbox by which process the container's cgroup is found.

@@ -1,8 +1,12 @@
 //! A pod is restored from an image that containerd has: one that `ctr` made, and one that was made of an archive.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use stillframe_cri::{Cri, MemoryVolume, PodContainer};
 use stillframe_integration::{ContainerdVersion, assert_same, image};
 
@@ -96,4 +100,52 @@ fn an_image_without_a_checkpoint_is_refused_by_name(version: &ContainerdVersion)
     }
     nothing_left(&cri);
     cri.stop().unwrap();
+}
+
+/// Who fetches the image for it ends with the shim, and what it has unpacked until then is removed.
+#[test]
+fn a_shim_that_is_killed_while_it_fetches_an_image_leaves_nothing() {
+    let cri = Cri::start(&ContainerdVersion::installed().unwrap()).unwrap();
+    let containerd = cri.containerd();
+    let spec = cri.pod("old");
+    let volume = MemoryVolume::new(containerd.dir(), &spec.uid(), "cache", Some(512 << 20)).unwrap();
+    let pod = spec.run().unwrap();
+    let web = pod.container("web").mount(volume.path(), "/cache").start().unwrap();
+    web.shell("head -c 400000000 /dev/urandom > /cache/file");
+    let name = "stillframe.test/large:1";
+    containerd.ctr().run(&["containers", "checkpoint", "--task", web.id(), name]).unwrap();
+    pod.remove().unwrap();
+    drop(volume);
+    containerd.assert_nothing_left();
+
+    let all = Path::new("/var/lib/stillframe/filestore/k8s.io");
+    let before = directories(all);
+    let spec = cri.pod("new").annotation(RESTORE_FROM, name);
+    let unpacked = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            loop {
+                assert!(Instant::now() < deadline, "nothing is fetched");
+                let new = directories(all).into_iter().filter(|path| !before.contains(path));
+                let mut new = new.filter(|path| directories(&path.join("images")).len() == 1);
+                let (Some(path), [shim, ..]) = (new.next(), &*containerd.shims()) else { continue };
+                kill(Pid::from_raw(shim.pid), Signal::SIGKILL).unwrap();
+                return path;
+            }
+        });
+        let error = spec.run().map(|pod| pod.id().to_owned()).unwrap_err();
+        println!("{error}");
+        watch.join().unwrap()
+    });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while unpacked.exists() {
+        assert!(Instant::now() < deadline, "{unpacked:?} has {:?}", directories(&unpacked.join("images")));
+        std::thread::yield_now();
+    }
+    nothing_left(&cri);
+    cri.stop().unwrap();
+}
+
+fn directories(directory: &Path) -> Vec<PathBuf> {
+    fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }

@@ -152,8 +152,17 @@ fn a_pod_of_three_comes_back_from_one_image_in_containerd(version: &ContainerdVe
     drop(volumes);
 
     let (volumes, pod) = run(&cri, cri.pod("new").annotation("dev.stillframe.restore-from", IMAGE));
+    // It is unpacked for the first that needs it, and stays for the others.
+    let unpacked = Path::new("/var/lib/stillframe/filestore/k8s.io").join(pod.id()).join("images");
+    let images =
+        || std::fs::read_dir(&unpacked).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    let there = images();
+    assert_eq!(there.len(), 1, "{there:?}");
+    std::fs::write(there[0].join("mark"), "").unwrap();
     let containers = names.map(|name| (name, start(&pod, &volumes, name)));
     same(&lists, &containers);
+    assert_eq!(images(), there);
+    assert!(there[0].join("mark").exists());
     pod.remove().unwrap();
     drop(volumes);
     containerd.assert_nothing_left();
