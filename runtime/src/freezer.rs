@@ -75,6 +75,11 @@ impl Cgroup {
         path
     }
 
+    /// Whether it was removed, with its last process.
+    pub fn is_gone(&self) -> bool {
+        !self.path().exists()
+    }
+
     /// Whether everything in it is frozen.
     pub fn is_frozen(&self) -> Result<bool, FreezeError> {
         match self {
@@ -115,7 +120,16 @@ impl Cgroup {
         }?;
         if !self.is_frozen()? {
             let (cgroup, seconds) = (self.path().to_owned(), timeout.as_secs());
-            return Err(FreezeError::Timeout { cgroup, seconds, culprit: self.culprit() });
+            // What is frozen looks the same (v1).
+            let asleep: Vec<i32> =
+                self.processes().into_iter().filter(|pid| uninterruptible(*pid).is_some()).collect();
+            frozen.thaw()?;
+            let culprit = asleep.into_iter().find_map(|pid| Some((pid, uninterruptible(pid)?)));
+            let culprit = culprit.map_or_else(
+                || "a process that can't be told".to_owned(),
+                |(pid, name)| format!("process {pid} ({name}), which is in uninterruptible sleep"),
+            );
+            return Err(FreezeError::Timeout { cgroup, seconds, culprit });
         }
         Ok(frozen)
     }
@@ -160,18 +174,6 @@ impl Cgroup {
         fs::write(&path, text).map_err(|source| FreezeError::File { operation: "write", path, source })
     }
 
-    /// The process that most likely keeps the cgroup from freezing: one in uninterruptible sleep.
-    fn culprit(&self) -> String {
-        let sleeping = self.processes().into_iter().find_map(|pid| {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            let (name, rest) = stat.split_once(") ")?;
-            let name = name.split_once('(')?.1;
-            rest.starts_with('D')
-                .then(|| format!("process {pid} ({name}), which is in uninterruptible sleep"))
-        });
-        sleeping.unwrap_or_else(|| "a process that can't be told".to_owned())
-    }
-
     /// Thaws it.
     pub fn thaw(&self) -> Result<(), FreezeError> {
         self.write_state(false)
@@ -179,8 +181,16 @@ impl Cgroup {
 
     /// Thaws it; one that is gone, with all its processes, is fine.
     pub fn thaw_if_there(&self) -> Result<(), FreezeError> {
-        self.thaw().or_else(|error| if self.path().exists() { Err(error) } else { Ok(()) })
+        self.thaw().or_else(|error| if self.is_gone() { Ok(()) } else { Err(error) })
     }
+}
+
+/// The name of a process, if it is in uninterruptible sleep.
+fn uninterruptible(pid: i32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may have any bytes in it, also a parenthesis.
+    let (name, rest) = stat.rsplit_once(") ")?;
+    rest.starts_with('D').then(|| name.split_once('(').map_or(name, |(_, name)| name).to_owned())
 }
 
 /// A frozen cgroup; thawed when this is dropped, unless it was frozen before.

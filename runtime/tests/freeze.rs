@@ -174,3 +174,115 @@ fn a_pause_that_takes_too_long_ends_at_its_limit_whatever_is_being_done() {
     use Phase::{Commit, Copy, Freeze, Prepare, Settle, Thaw};
     assert_eq!(phases, [Prepare, Copy, Freeze, Settle, Thaw, Commit]);
 }
+
+/// A process of the container in uninterruptible sleep: it waits for a loop device, whose file is on a filesystem that is frozen
+/// until this is dropped. (One that waits for the frozen filesystem itself can be frozen.)
+struct Stuck {
+    mountpoint: PathBuf,
+    device: String,
+    writer: Child,
+}
+
+impl Stuck {
+    fn new(cgroup: &Path, mountpoint: PathBuf) -> Self {
+        let file = mountpoint.join("device");
+        File::create(&file).unwrap().set_len(1 << 20).unwrap();
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let device = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        let status = Command::new("fsfreeze").arg("--freeze").arg(&mountpoint).status().unwrap();
+        assert!(status.success());
+        let line = format!(
+            "echo $$ > {}/cgroup.procs; exec dd if=/dev/zero of={device} bs=4096 count=1 oflag=direct status=none",
+            cgroup.display()
+        );
+        let writer = Command::new("sh").args(["-c", &line]).spawn().unwrap();
+        let mut stuck = Self { mountpoint, device, writer };
+        let stat = format!("/proc/{}/stat", stuck.writer.id());
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !fs::read_to_string(&stat).unwrap().contains("(dd) D ") {
+            assert!(
+                Instant::now() < deadline && stuck.writer.try_wait().unwrap().is_none(),
+                "it isn't stuck"
+            );
+            std::thread::yield_now();
+        }
+        stuck
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.mountpoint).status();
+        let _ = self.writer.wait();
+        let _ = Command::new("losetup").args(["--detach", &self.device]).status();
+    }
+}
+
+#[test]
+fn a_process_in_uninterruptible_sleep_is_named_and_everything_thawed() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    let mut pod = Pod::new();
+    let scratch = r#"{"destination":"/scratch","type":"tmpfs","options":["size=64m"]}"#;
+    let disk = r#"{"destination":"/disk","type":"tmpfs","source":"disk","options":["size=64m"]}"#;
+    let hints = r#""annotations":{"dev.stillframe.mount.disk.source":"disk","dev.stillframe.mount.disk.medium":"disk","dev.stillframe.mount.disk.share":"container","dev.stillframe.mount.disk.options":"size=64m"}"#;
+    pod.running("c", &format!(r#""mounts":[{scratch},{disk}],{hints}"#));
+    pod.running("other", MOUNT);
+    let cgroup = pod.processes[0].1.clone();
+    let stuck = Stuck::new(&cgroup, pod.mount("c.1"));
+    let request =
+        CheckpointRequest { paths: vec!["/scratch".parse().unwrap()], ..CheckpointRequest::new("c", &image) };
+    let error = pod.sandbox.checkpoint(&request).unwrap_err();
+    let text = stillframe_runtime::cli::chain(&error);
+    assert!(
+        text.contains(&format!("process {} (dd), which is in uninterruptible sleep", stuck.writer.id())),
+        "{text}"
+    );
+    assert_eq!(error.phase, Phase::Freeze);
+    assert!(!is_frozen(&cgroup) && !image.exists() && !marker(&pod).exists());
+    let limited = CheckpointRequest { pause_limit: Some(Duration::from_millis(20)), ..request.clone() };
+    let error = pod.sandbox.checkpoint(&limited).unwrap_err();
+    assert!(matches!(*error.cause, CheckpointCause::PauseLimit { limit_ms: 20, .. }), "{error}");
+    assert!(!is_frozen(&cgroup) && !image.exists() && !marker(&pod).exists());
+    drop(stuck);
+    pod.sandbox.checkpoint(&request).unwrap();
+}
+
+#[test]
+fn a_container_that_exits_during_a_checkpoint_is_saved_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    // While it is copied, and under the freeze.
+    for precopy in [true, false] {
+        let image = dir.path().join(if precopy { "copy" } else { "freeze" });
+        let mut pod = pod(&["c"]);
+        let (pid, cgroup) = (pod.processes[0].0.id(), pod.processes[0].1.clone());
+        let request = CheckpointRequest { precopy, ..CheckpointRequest::new("c", &image) };
+        let gate = Gate::new(&pod.mount("c.0"));
+        let result = std::thread::scope(|scope| {
+            let checkpoint = scope.spawn(|| pod.sandbox.checkpoint(&request));
+            let held = gate.wait();
+            assert_eq!(is_frozen(&cgroup), !precopy);
+            let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            if precopy {
+                // It is gone altogether, with its cgroup.
+                rustix::process::waitid(
+                    rustix::process::WaitId::Pid(pid),
+                    rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
+                )
+                .unwrap();
+                while fs::remove_dir(&cgroup).is_err() {
+                    std::thread::yield_now();
+                }
+            }
+            gate.let_go(&held);
+            drop(gate);
+            checkpoint.join().unwrap()
+        });
+        let result = result.unwrap();
+        assert_eq!((result.files, result.pages_bytes), (1, 102_400), "{precopy}");
+        pod.await_death();
+        assert!(!marker(&pod).exists() && (precopy || !is_frozen(&cgroup)));
+    }
+}

@@ -115,8 +115,12 @@ impl<'a> Freeze<'a> {
     ) -> Result<Self, CheckpointCause> {
         let mut ours = Vec::new();
         for cgroup in cgroups {
-            if !cgroup.is_frozen()? {
-                ours.push(*cgroup);
+            match cgroup.is_frozen() {
+                Ok(true) => {}
+                Ok(false) => ours.push(*cgroup),
+                // Its container has ended meanwhile: nothing runs in it that could write.
+                Err(_) if cgroup.is_gone() => {}
+                Err(error) => return Err(error.into()),
             }
         }
         // What is frozen by somebody else isn't frozen for longer by this.
@@ -137,6 +141,7 @@ impl<'a> Freeze<'a> {
             let timeout = limit.map_or(FREEZE_TIMEOUT, |limit| limit.saturating_sub(begun.elapsed()));
             match cgroup.freeze(timeout.min(FREEZE_TIMEOUT)) {
                 Ok(frozen) => freeze.keep(frozen)?,
+                Err(_) if cgroup.is_gone() => {}
                 Err(FreezeError::Timeout { .. }) if limit.is_some_and(|limit| begun.elapsed() >= limit) => {
                     return Err(freeze.gave_up(begun.elapsed()));
                 }
