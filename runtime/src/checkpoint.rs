@@ -18,6 +18,7 @@ mod freeze;
 mod lives;
 mod phase;
 mod scope;
+mod trees;
 
 use std::fs::File;
 use std::io::Write;
@@ -42,6 +43,7 @@ use crate::checkpoint::lives::Lives;
 pub use crate::checkpoint::phase::{Phase, PhaseTime};
 use crate::checkpoint::phase::{Progress, milliseconds};
 use crate::checkpoint::scope::Scope;
+use crate::checkpoint::trees::{Archive, Described, ToWrite};
 use crate::freezer::Cgroup;
 use crate::image::{self, ImageWriter, PartWriter};
 use crate::lazy;
@@ -178,7 +180,6 @@ fn take(
     for directory in iter::once(&request.image_path).chain(&request.pages_dir) {
         not_on_itself(directory, &selected)?;
     }
-    let tree = PartWriter::new(image.file(image::TREE)?);
     let on_disk = || selected.iter().filter(|selected| selected.record.filestore.is_some());
     for selected in on_disk() {
         selected.settle()?;
@@ -213,7 +214,7 @@ fn take(
 
     progress.enter(Phase::Settle);
     let limited = request.pause_limit.is_some();
-    let output = Output { image: &image, pages, tree };
+    let output = Output { image: &image, pages };
     let read = read(&selected, &views, &mut lives, limited, output);
     let read = read.map_err(|cause| freeze.because(cause))?;
     freeze.lift_limit()?;
@@ -265,14 +266,14 @@ fn take(
 struct Output<'a> {
     image: &'a ImageWriter,
     pages: AsyncPagesFileSave,
-    tree: PartWriter,
 }
 
 /// What was read within the freeze.
 struct Read {
     /// Drained, if it had files that must be still.
     pages: AsyncPagesFileSave,
-    tree: PartWriter,
+    /// What the archives are in that are written.
+    tree: Option<PartWriter>,
     filesystems: Vec<ReadFilesystem>,
     /// The private MemoryFiles, by their numbers.
     private: Vec<SavedFile>,
@@ -285,14 +286,6 @@ struct ReadFilesystem {
     archive: Option<(Archive, TreeSummary)>,
 }
 
-/// Where a filesystem's archive is.
-enum Archive {
-    /// Written, from there on.
-    Written(u64),
-    /// To be written after those before it.
-    Kept(Vec<u8>),
-}
-
 /// Reads the filesystems under the freeze; nothing is durable yet.
 fn read(
     selected: &[Selected],
@@ -301,7 +294,7 @@ fn read(
     limited: bool,
     output: Output<'_>,
 ) -> Result<Read, CheckpointCause> {
-    let Output { image, pages, mut tree } = output;
+    let Output { image, pages } = output;
     let pages_failed = |source| pages_failed(&image.pages_path(), source);
     let memory_file = MemoryFile::main();
     let memory = pages.register_memory_file(&memory_file).map_err(pages_failed)?;
@@ -311,6 +304,10 @@ fn read(
     let mut still = false;
     // Archives are in the order of the filesystems, and those in memory are written after the thaw.
     let at_once = lives.filesystems.iter().all(Option::is_none);
+    let mut tree = match at_once {
+        true => Some(PartWriter::new(image.file(image::TREE)?)),
+        false => None,
+    };
     for ((selected, view), live) in selected.iter().zip(views).zip(&mut lives.filesystems) {
         let record = &selected.record;
         let failed = |source| save_failed(&record.resource_id, &image.pages_path(), source);
@@ -336,14 +333,17 @@ fn read(
             }
         };
         still |= !matches!(saving, Saving::Moving);
-        let archive = if at_once {
-            let start = tree.position();
-            let (out, summary) = saving.save(view, &ids, &memory, tree).map_err(failed)?;
-            tree = out;
-            (Archive::Written(start), summary)
-        } else {
-            let (kept, summary) = saving.save(view, &ids, &memory, Vec::new()).map_err(failed)?;
-            (Archive::Kept(kept), summary)
+        let archive = match tree.take() {
+            Some(part) => {
+                let start = part.position();
+                let (part, summary) = saving.save(view, &ids, &memory, part).map_err(failed)?;
+                tree = Some(part);
+                (Archive::Written(start), summary)
+            }
+            None => {
+                let (kept, summary) = saving.save(view, &ids, &memory, Vec::new()).map_err(failed)?;
+                (Archive::Kept(kept), summary)
+            }
         };
         filesystems.push(ReadFilesystem { offsets, archive: Some(archive) });
     }
@@ -399,7 +399,7 @@ fn commit(
     image: ImageWriter,
     beside: &[String],
 ) -> Result<Committed, CheckpointCause> {
-    let Read { pages, mut tree, filesystems, private: files } = read;
+    let Read { pages, tree, filesystems, private: files } = read;
     let pages_failed = |source| pages_failed(&image.pages_path(), source);
     lives.verify(selected, &image, thaw)?;
     let (mut private, mut copied_thawed_bytes) = (Vec::new(), 0);
@@ -411,34 +411,17 @@ fn commit(
     let mut pages = pages.settle().map_err(pages_failed)?;
     let superseded_bytes = lives.compact(&mut pages).map_err(pages_failed)?;
 
-    let tree_failed = |source| image.failed("write", image::TREE, source);
-    let mut described = Vec::new();
-    for ((selected, read), live) in selected.iter().zip(filesystems).zip(&lives.filesystems) {
-        let (tree_start, summary) = match (read.archive, live) {
-            (Some((Archive::Written(start), summary)), _) => (start, summary),
-            (Some((Archive::Kept(archive), summary)), _) => {
-                let start = tree.position();
-                tree.write_all(&archive).map_err(tree_failed)?;
-                (start, summary)
-            }
-            (None, Some(live)) => {
-                let start = tree.position();
-                let written = live.write(&selected.ids, tree);
-                let written = written.map_err(|source| {
-                    save_failed(&selected.record.resource_id, &image.pages_path(), source)
-                })?;
-                tree = written.0;
-                (start, written.1)
-            }
-            (None, None) => unreachable!("what has no archive is in memory"),
-        };
-        described.push((tree_start, summary, read.offsets));
+    let mut offsets = Vec::new();
+    let mut to_write = Vec::new();
+    for ((selected, read), live) in selected.iter().zip(filesystems).zip(&mut lives.filesystems) {
+        let ids = selected.ids.clone();
+        offsets.push(read.offsets);
+        to_write.push(ToWrite { selected, ids, archive: read.archive, live: live.as_mut() });
     }
-    let ends: Vec<u64> =
-        described.iter().skip(1).map(|(start, ..)| *start).chain([tree.position()]).collect();
-    let describe = |((selected, (tree_start, summary, offsets)), tree_end): (
-        (&Selected, (u64, TreeSummary, Offsets)),
-        u64,
+    let tree = trees::write(tree, to_write, &image)?;
+    let describe = |((selected, offsets), Described { start, end, length, summary }): (
+        (&Selected, Offsets),
+        Described,
     )| {
         let record = &selected.record;
         let id = &record.resource_id;
@@ -446,8 +429,9 @@ fn commit(
             resource_id: id.clone(),
             aliases: record.ids().into_iter().filter(|alias| *alias != id).cloned().collect(),
             offsets,
-            tree_start,
-            tree_end,
+            tree_start: start,
+            tree_end: end,
+            tree_length: length,
             options: options_text(record),
             files: summary.files,
             entries: summary.entries,
@@ -455,9 +439,10 @@ fn commit(
             data_bytes: summary.data_bytes,
         }
     };
-    let filesystems = selected.iter().zip(described).zip(ends).map(describe).collect();
+    let filesystems = selected.iter().zip(offsets).zip(tree.archives).map(describe).collect();
 
-    let (pages, tree, meta) = make_durable(pages, tree, private, &image)?;
+    lives.discard();
+    let (pages, tree, meta) = make_durable(pages, (tree.part, tree.name), private, &image)?;
     let processes = processes::describe(image.path(), beside)?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let manifest = Manifest {

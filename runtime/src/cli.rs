@@ -19,7 +19,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::checkpoint::CheckpointRequest;
 use crate::doctor::Finding;
-use crate::image::Image;
+use crate::image::{Image, TREE, TREE_ZSTD};
 use crate::sandbox::{CheckpointResult, Sandbox};
 use crate::selector::{ALL, Selector};
 
@@ -270,12 +270,13 @@ fn inspect(arguments: &Inspect) -> Result<String, Box<dyn Error>> {
         writeln!(
             text,
             "filesystem   {id}\n{more}  options    {}\n  files      {} ({} names), {} bytes, {} with data\n  \
-             tree.tar   bytes {} to {}",
+             {:<10} bytes {} to {}",
             filesystem.options,
             filesystem.files,
             filesystem.entries,
             filesystem.logical_bytes,
             filesystem.data_bytes,
+            filesystem.tree_length.map_or(TREE, |_| TREE_ZSTD),
             filesystem.tree_start,
             filesystem.tree_end,
         )?;

@@ -8,25 +8,30 @@
 //! Reading: an image is untrusted. Everything but the pages is read and verified before anything is
 //! returned; the pages are verified as they are loaded. Errors name the file and the offset.
 
+mod error;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempPath;
 
-use stillframe_pgalloc::{CHUNK_SIZE, MetaError, PagesMeta, PrivateMemoryFileMeta, digest_chunks};
-use stillframe_tmpfs::ResourceId;
-use stillframe_tmpfs::decode::{TreeError, decode_tree};
+use stillframe_pgalloc::{CHUNK_SIZE, PagesMeta, PrivateMemoryFileMeta, digest_chunks};
+use stillframe_tmpfs::decode::decode_tree;
 use stillframe_tmpfs::entry::Tree;
 
-use crate::manifest::{Digest, Manifest, ManifestError, Offsets, Part};
+pub use crate::image::error::ImageError;
+use crate::manifest::{Digest, Manifest, Offsets, Part};
 use crate::processes;
 
 /// Names of the four files.
 pub const MANIFEST: &str = "manifest.json";
 /// The trees.
 pub const TREE: &str = "tree.tar";
+/// The trees, compressed.
+pub const TREE_ZSTD: &str = "tree.tar.zst";
 /// Digests of the pages file, and metadata of private MemoryFiles.
 pub const META: &str = "pages.meta";
 /// The pages.
@@ -35,97 +40,6 @@ pub const PAGES: &str = "pages.img";
 const MANIFEST_NEW: &str = "manifest.json.new";
 /// Largest manifest that is read: 256 MiB, some hundred thousand filesystems or a tree.tar of 800 GiB.
 const MANIFEST_MAX: u64 = 256 << 20;
-
-/// Why an image couldn't be written or read.
-#[derive(Debug, thiserror::Error)]
-pub enum ImageError {
-    /// The directory to write to has something in it.
-    #[error("the image directory {path} is not empty (it holds \"{found}\"): give an empty or a new one")]
-    NotEmpty {
-        /// The directory.
-        path: PathBuf,
-        /// Something in it.
-        found: String,
-    },
-    /// A call on a file or directory failed.
-    #[error("{operation} {path}")]
-    File {
-        /// What was tried.
-        operation: &'static str,
-        /// The file or directory.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-    /// There is no manifest.
-    #[error(
-        "{0} is not a checkpoint image: it has no manifest.json (none was taken, or it was never completed)"
-    )]
-    NoManifest(PathBuf),
-    /// The manifest can't be used.
-    #[error("the image {path}")]
-    Manifest {
-        /// The image directory.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: ManifestError,
-    },
-    /// A part isn't a regular file.
-    #[error("{0} is not a regular file: the image is damaged")]
-    NotAFile(PathBuf),
-    /// A part has a wrong length.
-    #[error("{path} has {found} bytes, not {expected}: the image is truncated or damaged")]
-    Length {
-        /// The file.
-        path: PathBuf,
-        /// What the manifest says.
-        expected: u64,
-        /// What it has.
-        found: u64,
-    },
-    /// A part isn't what was written.
-    #[error("{path} is damaged between offsets {start} and {end}: the digest differs")]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// Start of the chunk, in bytes.
-        start: u64,
-        /// End of the chunk.
-        end: u64,
-    },
-    /// The manifest and `pages.meta` contradict each other.
-    #[error("{path}: the filesystem {id} is in the private MemoryFile {index}, which isn't there")]
-    NoPrivateFile {
-        /// `pages.meta`.
-        path: PathBuf,
-        /// ResourceID of the filesystem.
-        id: ResourceId,
-        /// Number of the MemoryFile.
-        index: u32,
-    },
-    /// A tree can't be used.
-    #[error("the filesystem {id} of the image {path}")]
-    Tree {
-        /// The image directory.
-        path: PathBuf,
-        /// ResourceID of the filesystem.
-        id: ResourceId,
-        /// Why.
-        #[source]
-        source: Box<TreeError>,
-    },
-    /// `pages.meta` is what was written and yet can't be understood.
-    #[error("{path} can't be understood")]
-    Meta {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: MetaError,
-    },
-}
 
 pub(crate) fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> ImageError + 'a {
     move |source| ImageError::File { operation, path: path.to_owned(), source }
@@ -248,7 +162,7 @@ impl Drop for ImageWriter {
         if self.committed {
             return;
         }
-        for name in [MANIFEST_NEW, TREE, META, PAGES] {
+        for name in [MANIFEST_NEW, TREE, TREE_ZSTD, META, PAGES] {
             let _ = fs::remove_file(self.path.join(name));
         }
         if let Some(made) = &self.made {
@@ -322,7 +236,9 @@ pub struct Image {
     /// The pages file, of the right length.
     pub pages: File,
     pages_path: PathBuf,
-    tree: Vec<u8>,
+    trees: Vec<u8>,
+    /// Where each filesystem's archive is in it.
+    archives: Vec<Range<usize>>,
 }
 
 impl Image {
@@ -355,9 +271,9 @@ impl Image {
             return Err(ImageError::Length { path: pages_path, expected, found });
         }
         let pages = open_sized(&pages_path, manifest.pages_length)?;
-        let tree = read_part(&path.join(TREE), &manifest.tree)?;
+        let (trees, archives) = read_trees(path, &manifest)?;
         processes::verify(path, &manifest.processes)?;
-        let mut image = Self { path: path.to_owned(), manifest, meta, pages, pages_path, tree };
+        let mut image = Self { path: path.to_owned(), manifest, meta, pages, pages_path, trees, archives };
         // Nobody has carried it along with the rest: whether it is still the one is found out before it is used.
         if image.manifest.pages_path.is_some() {
             image.verify_pages()?;
@@ -416,12 +332,40 @@ impl Image {
 
     /// The archive of filesystem number `index` of the manifest.
     pub fn archive(&self, index: usize) -> &[u8] {
-        let filesystem = &self.manifest.filesystems[index];
-        let inside = |at: u64| usize::try_from(at).ok().filter(|at| *at <= self.tree.len());
-        let (start, end) = (inside(filesystem.tree_start), inside(filesystem.tree_end));
-        let (start, end) = start.zip(end).expect("the manifest was judged and tree.tar has its length");
-        &self.tree[start..end]
+        &self.trees[self.archives[index].clone()]
     }
+}
+
+/// Reads the archives, uncompressed, and where each of them is.
+fn read_trees(path: &Path, manifest: &Manifest) -> Result<(Vec<u8>, Vec<Range<usize>>), ImageError> {
+    let range = |start: u64, end: u64| {
+        let inside =
+            |at: u64| usize::try_from(at).expect("the manifest was judged, and what was read fits memory");
+        inside(start)..inside(end)
+    };
+    let stored = manifest.filesystems.iter().map(|of| (of, of.tree_start, of.tree_end));
+    if !manifest.has_compressed_trees() {
+        let trees = read_part(&path.join(TREE), &manifest.tree)?;
+        return Ok((trees, stored.map(|(_, start, end)| range(start, end)).collect()));
+    }
+    let path = path.join(TREE_ZSTD);
+    let compressed = read_part(&path, &manifest.tree)?;
+    let (mut trees, mut archives) = (Vec::new(), Vec::new());
+    for (filesystem, start, end) in stored {
+        let length = filesystem.tree_length.expect("if one is compressed, all are");
+        let begin = trees.len() as u64;
+        let found = zstd::Decoder::with_buffer(&compressed[range(start, end)])
+            // One byte more would be one too many.
+            .and_then(|decoder| decoder.take(length + 1).read_to_end(&mut trees));
+        let found =
+            found.map_err(|source| ImageError::Compressed { path: path.clone(), start, end, source })?;
+        if found as u64 != length {
+            let id = filesystem.resource_id.clone();
+            return Err(ImageError::TreeLength { path, id, expected: length });
+        }
+        archives.push(range(begin, begin + length));
+    }
+    Ok((trees, archives))
 }
 
 /// Opens a file of an image: neither follows a link nor waits for a fifo's writer.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::image::{MANIFEST, META, PAGES, TREE};
+use crate::image::{MANIFEST, META, PAGES, TREE, TREE_ZSTD};
 use crate::images::{Images, UnpackError};
 use crate::processes::is_process_file;
 use crate::state::StateError;
@@ -104,14 +104,16 @@ pub fn unpack(archive: impl Read, directory: &Path) -> io::Result<Option<&'stati
         let name = name.strip_prefix(b"./").unwrap_or(&name);
         let name = name.strip_prefix(b"checkpoint/").unwrap_or(name);
         let known = str::from_utf8(name).ok();
-        let known =
-            known.filter(|name| [MANIFEST, TREE, META, PAGES].contains(name) || is_process_file(name));
+        let known = known
+            .filter(|name| [MANIFEST, TREE, TREE_ZSTD, META, PAGES].contains(name) || is_process_file(name));
         if let Some(name) = known.filter(|_| entry.header().entry_type().is_file()) {
             let mut file = fs::File::create_new(directory.join(name))?;
             io::copy(&mut entry, &mut file)?;
         }
     }
-    Ok([MANIFEST, TREE, META].into_iter().find(|name| !directory.join(name).exists()))
+    let missing = |name: &&str| !directory.join(name).exists();
+    let missing_tree = [TREE, TREE_ZSTD].iter().all(missing).then_some(TREE);
+    Ok([MANIFEST].into_iter().find(missing).or(missing_tree).or([META].into_iter().find(missing)))
 }
 
 #[cfg(test)]

@@ -20,6 +20,9 @@ use crate::processes::{ProcessFile, is_process_file};
 pub const FORMAT: &str = "stillframe-image";
 /// The version written, and the only one read.
 pub const VERSION: u64 = 1;
+/// Most bytes of compressed archives together, uncompressed: about a million names. What is larger isn't compressed, so that
+/// an image takes memory in proportion to its own size or to this.
+pub const COMPRESSED_MAX: u64 = 1 << 30;
 
 /// An XXH3-64 digest, in JSON as 16 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +93,7 @@ pub struct Manifest {
     pub stillframe: String,
     /// When it was written, in seconds since 1970; informational.
     pub created: u64,
-    /// `tree.tar`.
+    /// `tree.tar`, or `tree.tar.zst` if the archives are compressed.
     pub tree: Part,
     /// `pages.meta`.
     pub meta: Part,
@@ -194,6 +197,9 @@ pub struct SavedFilesystem {
     pub tree_start: u64,
     /// End of its archive.
     pub tree_end: u64,
+    /// Length of the archive uncompressed, in `tree.tar.zst`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tree_length: Option<u64>,
     /// The superblock options it had, as mount(8) has them; informational.
     pub options: String,
     /// Regular files, hard links counted once.
@@ -222,6 +228,11 @@ impl Manifest {
         let mut text = serde_json::to_vec(&envelope).expect("an envelope has string keys only");
         text.push(b'\n');
         text
+    }
+
+    /// Whether the archives are compressed: all or none of them are.
+    pub fn has_compressed_trees(&self) -> bool {
+        self.filesystems.iter().any(|filesystem| filesystem.tree_length.is_some())
     }
 
     /// Decodes and judges the file's contents.
@@ -274,6 +285,13 @@ impl Manifest {
         if !self.processes.iter().all(|file| is_process_file(&file.name) && names.insert(&file.name)) {
             return Err("a file of processes has a name that CRIU doesn't give, or another has, too");
         }
+        let lengths = self.filesystems.iter().filter_map(|filesystem| filesystem.tree_length);
+        if self.has_compressed_trees() && lengths.clone().count() != self.filesystems.len() {
+            return Err("some of the filesystems' trees are compressed, and others aren't");
+        }
+        if lengths.fold(0, u64::saturating_add) > COMPRESSED_MAX {
+            return Err("the filesystems' trees have more than 1 GiB uncompressed");
+        }
         let mut at = 0;
         let (mut ids, mut private) = (HashSet::new(), HashSet::new());
         for filesystem in &self.filesystems {
@@ -310,6 +328,7 @@ mod tests {
             offsets: Offsets::PagesFile,
             tree_start,
             tree_end,
+            tree_length: None,
             options: String::new(),
             files: 0,
             entries: 0,
@@ -401,10 +420,13 @@ mod tests {
         assert!(Manifest::decode(&with_private(&[private(0), private(1)]).encode()).is_ok());
         let twice = with_private(&[private(1), private(1)]).encode();
         assert!(matches!(Manifest::decode(&twice), Err(ManifestError::Contradiction(_))));
-        let changes: [Change; 11] = [
+        let changes: [Change; 14] = [
             |m| m.tree.length += 1,
             |m| m.meta.digests.clear(),
             |m| m.meta.chunk_size = 0,
+            |m| m.filesystems[1].tree_length = Some(1),
+            |m| m.filesystems.iter_mut().for_each(|of| of.tree_length = Some(COMPRESSED_MAX / 2 + 1)),
+            |m| m.filesystems.iter_mut().for_each(|of| of.tree_length = Some(u64::MAX)),
             |m| m.filesystems[1].tree_start = 0,
             |m| m.filesystems[1].tree_end = 60_000,
             |m| m.filesystems[1].resource_id = m.filesystems[0].resource_id.clone(),

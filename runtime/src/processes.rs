@@ -11,7 +11,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use stillframe_pgalloc::CHUNK_SIZE;
 
-use crate::image::{ImageError, MANIFEST, META, PAGES, TREE, at, open_part, open_sized};
+use crate::image::{ImageError, MANIFEST, META, PAGES, TREE, TREE_ZSTD, at, open_part, open_sized};
 use crate::manifest::{Digest, Part};
 
 /// One of CRIU's files.
@@ -27,7 +27,7 @@ pub struct ProcessFile {
 /// Whether a file of this name can be one of them: what CRIU writes, and `runc checkpoint` besides.
 pub fn is_process_file(name: &str) -> bool {
     let known = (name.ends_with(".img") && name != PAGES) || name == "descriptors.json";
-    known && !name.contains('/') && ![MANIFEST, TREE, META].contains(&name)
+    known && !name.contains('/') && ![MANIFEST, TREE, TREE_ZSTD, META].contains(&name)
 }
 
 /// Makes these files of a directory durable and describes them.

@@ -365,6 +365,7 @@ mod tests {
             offsets: Offsets::PagesFile,
             tree_start: 0,
             tree_end: 0,
+            tree_length: None,
             options: String::new(),
             files: 0,
             entries: 0,

@@ -40,6 +40,7 @@ fn image_of(filesystems: &[&Tmpfs]) -> tempfile::TempDir {
             offsets: Offsets::PagesFile,
             tree_start,
             tree_end: tree.position(),
+            tree_length: None,
             options: String::new(),
             files: summary.files,
             entries: summary.entries,

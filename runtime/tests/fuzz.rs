@@ -206,6 +206,7 @@ fn manifests() -> Vec<(&'static str, Vec<u8>)> {
         offsets: Offsets::PagesFile,
         tree_start,
         tree_end,
+        tree_length: None,
         options: "size=1g".to_owned(),
         files: 1,
         entries: 2,

@@ -160,34 +160,6 @@ fn files_without_a_name_are_reported() {
 }
 
 #[test]
-fn pages_that_are_kept_apart_are_found_and_verified_before_anything_is_restored() {
-    let container = Container::running(TWO);
-    fill(&container);
-    let dir = tempfile::tempdir().unwrap();
-    let (image, apart) = (dir.path().join("image"), dir.path().join("made/apart"));
-    let request = CheckpointRequest { pages_dir: Some(apart.clone()), ..CheckpointRequest::new("c", &image) };
-    container.pod.sandbox.checkpoint(&request).unwrap();
-    assert!(!image.join("pages.img").exists());
-    let pages = fs::read_dir(&apart).unwrap().next().unwrap().unwrap().path();
-    let mut new = Container::new(TWO);
-    new.prepare(Some(&image)).unwrap();
-    assert_eq!(fs::read(new.mount(1).join("data")).unwrap(), vec![b'1'; 200_000]);
-    drop(new);
-
-    let contents = fs::read(&pages).unwrap();
-    let mut damaged = contents.clone();
-    damaged[contents.len() - 1] ^= 1;
-    fs::write(&pages, damaged).unwrap();
-    assert!(refused(&image, TWO).contains(pages.to_str().unwrap()));
-    fs::remove_file(&pages).unwrap();
-    assert!(refused(&image, TWO).contains(pages.to_str().unwrap()));
-
-    // A checkpoint that fails leaves nothing there either.
-    container.pod.sandbox.checkpoint(&request).unwrap_err();
-    assert_eq!(fs::read_dir(&apart).unwrap().count(), 0);
-}
-
-#[test]
 fn tar_lists_every_archive_of_tree_tar() {
     let (_dir, image) = image();
     let manifest: serde_json::Value =

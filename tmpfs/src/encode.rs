@@ -106,6 +106,11 @@ impl<W: Write> TreeWriter<W> {
         self.out.write_all(&self.entry)
     }
 
+    /// What it writes to.
+    pub(crate) fn out(&mut self) -> &mut W {
+        &mut self.out
+    }
+
     /// Ends the archive with its trailer and hands the writer back.
     pub fn finish(mut self) -> io::Result<W> {
         self.out.write_all(&TRAILER)?;

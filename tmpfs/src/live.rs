@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! begin (watch) -> copy (all of it) -> round, round ... (what changed) | frozen: settle (what changed) | thawed: verify -> write
+//!                                          (-> prepare the archive)
 //! ```
 //!
 //! From `copy` on the whole tree is in memory ([`model`]): names, attributes, xattrs, and where each file's pages are in the
@@ -30,20 +31,24 @@
 
 mod contents;
 mod model;
+mod pieces;
 mod read;
 mod verify;
 mod watch;
 
+pub use pieces::Compressed;
 pub use verify::coarse_now;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
+use std::thread::Builder;
 
 use stillframe_pgalloc::AsyncMemoryFileSave;
 
 use crate::live::contents::Copier;
 use crate::live::model::Model;
+use crate::live::pieces::Pieces;
 use crate::live::watch::{Doubt, Reported, Watch};
 use crate::save::SaveTreeError;
 use crate::sys::lease::may_be_open_for_writing;
@@ -68,6 +73,10 @@ pub struct Live {
     suspects: HashSet<u64>,
     /// Inodes that were changed under the freeze or just before, and are no more.
     gone: HashSet<u64>,
+    /// How many names each inode has that has any; once `verify` has counted them.
+    names: HashMap<u64, u32>,
+    /// The archive, as far as it was made before the freeze.
+    pieces: Option<Pieces>,
     frozen: bool,
     /// Files whose contents were read under the freeze.
     settled: HashSet<u64>,
@@ -91,6 +100,8 @@ impl Live {
             copier: Copier::default(),
             suspects: HashSet::new(),
             gone: HashSet::new(),
+            names: HashMap::new(),
+            pieces: None,
             frozen: false,
             settled: HashSet::new(),
             doubt: None,
@@ -129,6 +140,13 @@ impl Live {
             self.reread(memory)?;
             self.check_suspects(memory)?;
         }
+    }
+
+    /// Ends it; what takes long to be freed is freed by a thread of its own.
+    pub fn discard(self) {
+        let memory = (self.model, self.pieces, self.names);
+        // Where there is no thread to be had, it is freed at once.
+        let _ = Builder::new().name("discard".into()).spawn(move || drop(memory));
     }
 
     /// Bytes that were written to the pages file so far.
@@ -226,6 +244,7 @@ mod tests {
         assert_eq!(live.round(&memory).unwrap(), 0, "nothing is done until the freeze");
         live.settle(&memory).unwrap();
         assert_eq!(live.written() - copied, PAGE_SIZE + 5000);
+        live.verify(coarse_now()).unwrap();
         assert_eq!(live.superseded().iter().map(|range| range.end - range.start).sum::<u64>(), 2 * PAGE_SIZE);
 
         let (archive, _) = live.write(&Ids::default(), Vec::new()).unwrap();

@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::AddAssign;
 use std::sync::Arc;
 
 use stillframe_pgalloc::{AsyncMemoryFileSave, FileRange, PageExtent, SaveError};
@@ -172,10 +173,18 @@ pub(crate) struct Saver<'a, W> {
     writer: TreeWriter<W>,
     summary: TreeSummary,
     first_names: FirstNames,
+    position: Position,
+}
+
+/// Where a walk is.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Position {
     /// The last object's path.
     path: Vec<u8>,
     /// The directories that it is in, and itself if it is one, from the root on: the length of its path, its number.
     directories: Vec<(usize, usize)>,
+    /// The number of the next object, the root's being 0.
+    next: usize,
 }
 
 impl<'a, W: Write> Saver<'a, W> {
@@ -191,9 +200,23 @@ impl<'a, W: Write> Saver<'a, W> {
             writer: TreeWriter::new(out),
             summary: TreeSummary::default(),
             first_names: FirstNames::default(),
-            path: Vec::new(),
-            directories: Vec::new(),
+            position: Position::default(),
         }
+    }
+
+    /// One that goes on from there, and hasn't met any first name.
+    pub(crate) fn resume(ids: &'a Ids, out: W, position: Position) -> Self {
+        Self { position, ..Self::of_saved(ids, out) }
+    }
+
+    /// Where it is.
+    pub(crate) fn position(&self) -> Position {
+        self.position.clone()
+    }
+
+    /// Where it writes to, and what was written since this was taken.
+    pub(crate) fn written(&mut self) -> (&mut W, &mut TreeSummary) {
+        (self.writer.out(), &mut self.summary)
     }
 
     pub(crate) fn finish(self) -> Result<(W, TreeSummary), SaveTreeError> {
@@ -210,18 +233,20 @@ impl<'a, W: Write> Saver<'a, W> {
         xattrs: Vec<Xattr>,
     ) -> Result<(), SaveTreeError> {
         self.summary.entries += u64::from(depth > 0);
-        let index = self.summary.entries as usize;
-        self.directories.truncate(depth);
-        let &(length, parent) = self.directories.last().unwrap_or(&(0, 0));
-        self.path.truncate(length);
+        let Position { path, directories, next } = &mut self.position;
+        let index = *next;
+        *next += 1;
+        directories.truncate(depth);
+        let &(length, parent) = directories.last().unwrap_or(&(0, 0));
+        path.truncate(length);
         if length > 0 {
-            self.path.push(b'/');
+            path.push(b'/');
         }
-        self.path.extend_from_slice(name);
+        path.extend_from_slice(name);
         if matches!(content, Content::Directory) {
-            self.directories.push((self.path.len(), index));
+            directories.push((path.len(), index));
         }
-        let path = self.path.as_slice();
+        let path = path.as_slice();
         if stat.links > 1 && !matches!(content, Content::Directory) {
             match self.first_names.meet(stat.inode, stat.links, index, path) {
                 Named::First => {}
@@ -291,6 +316,15 @@ fn save_pages(
 
 fn bytes(extents: &[PageExtent]) -> u64 {
     extents.iter().map(|extent| extent.length).sum()
+}
+
+impl AddAssign for TreeSummary {
+    fn add_assign(&mut self, other: Self) {
+        self.files += other.files;
+        self.entries += other.entries;
+        self.logical_bytes = self.logical_bytes.saturating_add(other.logical_bytes);
+        self.data_bytes += other.data_bytes;
+    }
 }
 
 impl TreeSummary {

@@ -33,6 +33,11 @@ impl Stat {
         Ok(Self::from(&rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?))
     }
 
+    /// Of what has the name `name` in the directory `dir`.
+    pub(crate) fn at(dir: &File, name: &[u8]) -> io::Result<Self> {
+        Ok(Self::from(&rustix::fs::statx(dir, name, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS)?))
+    }
+
     /// The bits of the mode that say what it is.
     pub(crate) fn format(&self) -> u32 {
         self.mode & libc::S_IFMT

@@ -92,6 +92,8 @@ impl Ahead {
         if let Err(error) = File::open(&path).and_then(|file| file.sync_all()) {
             tracing::debug!(%error, "the pages file isn't durable before the pause");
         }
+        let mut lives = lives;
+        lives.prepare(&selected);
         let filesystems = selected.into_iter().map(|selected| selected.name).collect();
         Ok(Some(Self { container: id.to_owned(), pages_dir, filesystems, lives, pages, path }))
     }

@@ -10,11 +10,11 @@ use crate::checkpoint::pages_failed;
 use crate::image::{self, ImageWriter, PartWriter};
 use crate::manifest::Part;
 
-/// Writes `pages.meta`, with these private MemoryFiles, and makes it, the pages file and `tree.tar` durable. Gives what was
-/// saved to the pages file, and the parts `tree.tar` and `pages.meta`.
+/// Writes `pages.meta`, with these private MemoryFiles, and makes it, the pages file and the trees' durable. Gives what was
+/// saved to the pages file, and the parts of the trees and of `pages.meta`.
 pub(crate) fn make_durable(
     pages: SettledPagesFile,
-    tree: PartWriter,
+    (tree, tree_name): (PartWriter, &str),
     private: Vec<PrivateMemoryFileMeta>,
     image: &ImageWriter,
 ) -> Result<(PagesFileSummary, Part, Part), CheckpointCause> {
@@ -30,7 +30,7 @@ pub(crate) fn make_durable(
         let meta = meta.map_err(CheckpointCause::Thread)?;
         let pages = pages.finish().map_err(|source| pages_failed(&image.pages_path(), source))?;
         let tree = tree.join().expect("writing a part doesn't panic");
-        let tree = tree.map_err(|source| image.failed("write", image::TREE, source))?;
+        let tree = tree.map_err(|source| image.failed("write", tree_name, source))?;
         meta.join().expect("writing a file doesn't panic")?;
         Ok((pages, tree, part))
     })

@@ -20,6 +20,7 @@ use stillframe_tmpfs::entry::Timestamp;
 use stillframe_tmpfs::live::Live;
 
 use crate::checkpoint::error::CheckpointCause;
+use crate::checkpoint::trees::Compressor;
 use crate::checkpoint::{pages_failed, save_failed};
 use crate::image::ImageWriter;
 use crate::selected::Selected;
@@ -102,6 +103,19 @@ impl Lives {
         Ok(lives)
     }
 
+    /// Makes the archives, of which then less is to be made later.
+    pub(crate) fn prepare(&mut self, selected: &[Selected]) {
+        let mut compressor = match Compressor::new() {
+            Ok(compressor) => compressor,
+            Err(error) => return tracing::warn!(%error, "archives can't be compressed ahead"),
+        };
+        for (selected, live) in selected.iter().zip(&mut self.filesystems) {
+            if let Some(live) = live {
+                live.prepare(&selected.ids, &mut |bytes| compressor.compress(bytes));
+            }
+        }
+    }
+
     /// After the thaw, which came at or after `thaw`: asks for what the kernel doesn't report, and finds what it missed.
     pub(crate) fn verify(
         &mut self,
@@ -117,6 +131,11 @@ impl Lives {
             }
         }
         Ok(())
+    }
+
+    /// Ends them.
+    pub(crate) fn discard(self) {
+        self.filesystems.into_iter().flatten().for_each(Live::discard);
     }
 
     /// Makes the pages file smaller if too much of it is waste; bytes of waste that are left.

@@ -76,7 +76,8 @@ impl Scope {
     /// Whether all of the containers are frozen.
     pub(crate) fn is_frozen(&self) -> Result<bool, CheckpointCause> {
         for cgroup in self.cgroups() {
-            if !cgroup.is_frozen()? {
+            // One that is gone, with its container, is as good as frozen.
+            if !cgroup.is_gone() && !cgroup.is_frozen()? {
                 return Ok(false);
             }
         }

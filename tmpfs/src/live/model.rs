@@ -8,7 +8,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
+use std::slice;
 
+use indexmap::IndexMap;
 use rustix::fs::FileType;
 use stillframe_pgalloc::PAGE_SIZE;
 
@@ -24,6 +26,8 @@ pub(crate) struct Node {
     pub(crate) stat: Stat,
     pub(crate) xattrs: Vec<Xattr>,
     pub(crate) body: Body,
+    /// The number of the piece of the archive that its first name is in, once it is in one.
+    pub(crate) piece: u32,
 }
 
 /// What is in an inode.
@@ -59,7 +63,8 @@ impl Body {
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Model {
-    pub(crate) nodes: HashMap<u64, Node>,
+    /// In the order in which they were read, since that is how they are gone through.
+    pub(crate) nodes: IndexMap<u64, Node>,
     pub(crate) handles: HashMap<FileHandle, u64>,
     pub(crate) root: u64,
 }
@@ -87,28 +92,20 @@ impl Model {
         &self,
         mut visit: impl FnMut(Visit<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut seen = HashSet::from([self.root]);
-        visit(Visit { name: &[], depth: 0, inode: self.root })?;
-        let children = |inode| match self.nodes.get(&inode).map(|node| &node.body) {
-            Some(Body::Directory(children)) => Ok(Some(children.iter())),
-            Some(_) => Ok(None),
-            None => Err(Broken(inode)),
-        };
-        let mut stack = vec![children(self.root)?.ok_or(Broken(self.root))?];
-        while let Some(names) = stack.last_mut() {
-            let Some(Child { inode, name }) = names.next() else {
-                stack.pop();
-                continue;
-            };
-            visit(Visit { name, depth: stack.len(), inode: *inode })?;
-            if let Some(below) = children(*inode)? {
-                if !seen.insert(*inode) {
-                    return Err(Broken(*inode).into());
-                }
-                stack.push(below);
-            }
+        let mut cursor = Cursor::new(self);
+        while let Some(met) = cursor.next()? {
+            visit(met)?;
         }
         Ok(())
+    }
+
+    /// The names in a directory; `None` if it isn't one.
+    fn children(&self, inode: u64) -> Result<Option<&[Child]>, Broken> {
+        match self.nodes.get(&inode).map(|node| &node.body) {
+            Some(Body::Directory(children)) => Ok(Some(children)),
+            Some(_) => Ok(None),
+            None => Err(Broken(inode)),
+        }
     }
 
     /// How many names each inode has that has any.
@@ -146,5 +143,73 @@ impl Model {
         extents.flatten().map(|extent| {
             extent.pages_offset.0..extent.pages_offset.0 + extent.length.next_multiple_of(PAGE_SIZE)
         })
+    }
+}
+
+/// A walk through all names, a directory's before those in it.
+pub(crate) struct Cursor<'a> {
+    model: &'a Model,
+    /// The directories that it is in, from the root on, and what is left of each.
+    stack: Vec<(u64, slice::Iter<'a, Child>)>,
+    /// Directories that were met: none has two names.
+    seen: HashSet<u64>,
+    begun: bool,
+}
+
+/// A place in a walk, for as long as no names change.
+#[derive(Clone, Debug)]
+pub(crate) struct Mark {
+    /// Directories, and how many of the names in each are left.
+    left: Vec<(u64, usize)>,
+    begun: bool,
+}
+
+impl<'a> Cursor<'a> {
+    pub(crate) fn new(model: &'a Model) -> Self {
+        Self { model, stack: Vec::new(), seen: HashSet::new(), begun: false }
+    }
+
+    /// Where it is.
+    pub(crate) fn mark(&self) -> Mark {
+        let left = self.stack.iter().map(|(inode, names)| (*inode, names.len())).collect();
+        Mark { left, begun: self.begun }
+    }
+
+    /// One that goes on from there.
+    pub(crate) fn resume(model: &'a Model, Mark { left, begun }: &Mark) -> Result<Self, Broken> {
+        let mut cursor = Self { begun: *begun, ..Self::new(model) };
+        for (inode, left) in left {
+            let names = model.children(*inode)?.ok_or(Broken(*inode))?;
+            let met = names.len().checked_sub(*left).ok_or(Broken(*inode))?;
+            cursor.stack.push((*inode, names[met..].iter()));
+        }
+        Ok(cursor)
+    }
+
+    /// The next name.
+    pub(crate) fn next(&mut self) -> Result<Option<Visit<'a>>, Broken> {
+        if !self.begun {
+            self.begun = true;
+            let root = self.model.root;
+            self.enter(root, self.model.children(root)?.ok_or(Broken(root))?)?;
+            return Ok(Some(Visit { name: &[], depth: 0, inode: root }));
+        }
+        while let Some((_, names)) = self.stack.last_mut() {
+            let Some(Child { inode, name }) = names.next() else {
+                self.stack.pop();
+                continue;
+            };
+            let visit = Visit { name, depth: self.stack.len(), inode: *inode };
+            if let Some(below) = self.model.children(*inode)? {
+                self.enter(*inode, below)?;
+            }
+            return Ok(Some(visit));
+        }
+        Ok(None)
+    }
+
+    fn enter(&mut self, inode: u64, names: &'a [Child]) -> Result<(), Broken> {
+        self.stack.push((inode, names.iter()));
+        if self.seen.insert(inode) { Ok(()) } else { Err(Broken(inode)) }
     }
 }

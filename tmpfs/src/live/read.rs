@@ -26,6 +26,7 @@ impl Live {
     /// Reads everything; what was read before only saves writing.
     pub(super) fn read_all(&mut self, memory: &AsyncMemoryFileSave<'_>) -> Result<(), SaveTreeError> {
         let mut old = std::mem::take(&mut self.model);
+        self.pieces = None;
         self.suspects.clear();
         self.gone.clear();
         let root = self.root.try_clone().map_err(|source| self.failed("open", 0, source))?;
@@ -80,6 +81,7 @@ impl Live {
 
     /// Lists a directory that is known, and reads what is new in it, and in directories that are new.
     pub(super) fn list(&mut self, inode: u64, memory: &AsyncMemoryFileSave<'_>) -> Result<(), SaveTreeError> {
+        self.pieces = None;
         let mut to_list = vec![inode];
         while let Some(inode) = to_list.pop() {
             let handle = self.model.nodes[&inode].handle;
@@ -119,7 +121,7 @@ impl Live {
             let xattrs = xattr::read(&Inode::Open(&dir));
             let xattrs = xattrs.map_err(|source| self.failed("read the xattrs of", inode, source))?;
             let handle = self.model.nodes[&inode].handle;
-            self.model.insert(Node { handle, stat, xattrs, body: Body::Directory(children) });
+            self.model.insert(Node { handle, stat, xattrs, body: Body::Directory(children), piece: 0 });
         }
         Ok(())
     }
@@ -151,6 +153,7 @@ impl Live {
             attributes(&file, true).map_err(|(what, source)| self.failed(what, inode, source))?;
         let node = self.model.nodes.get_mut(&inode).expect("looked at above");
         (node.stat, node.xattrs) = (stat, xattrs);
+        self.alter(inode);
         Ok(())
     }
 
@@ -167,6 +170,7 @@ impl Live {
         let (stat, xattrs, contents) = read.map_err(|error| error.at(&self.model.path(inode)))?;
         let node = self.model.nodes.get_mut(&inode).expect("it is there");
         (node.stat, node.xattrs, node.body) = (stat, xattrs, Body::File(contents));
+        self.alter(inode);
         Ok(())
     }
 
@@ -189,7 +193,7 @@ impl Live {
         let handle =
             FileHandle::of(dir.as_fd()).map_err(|source| ReadError::Call("find the handle of", source))?;
         let (stat, xattrs) = attributes(dir, false)?;
-        self.model.insert(Node { handle, stat, xattrs, body: Body::Directory(Vec::new()) });
+        self.model.insert(Node { handle, stat, xattrs, body: Body::Directory(Vec::new()), piece: 0 });
         Ok(stat.inode)
     }
 
@@ -223,7 +227,7 @@ impl Live {
             FileHandle::of(file.as_fd()).map_err(|source| ReadError::Call("find the handle of", source))?;
         let body = match stat.format() {
             libc::S_IFREG => {
-                let known = old.nodes.remove(&stat.inode).and_then(|node| match node.body {
+                let known = old.nodes.swap_remove(&stat.inode).and_then(|node| match node.body {
                     Body::File(contents) => Some(contents),
                     _ => None,
                 });
@@ -237,7 +241,7 @@ impl Live {
             },
             _ => Body::Other,
         };
-        self.model.insert(Node { handle, stat, xattrs, body });
+        self.model.insert(Node { handle, stat, xattrs, body, piece: 0 });
         Ok(Some(stat.inode))
     }
 

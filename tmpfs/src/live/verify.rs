@@ -1,9 +1,10 @@
 //! After the thaw: what isn't reported is asked for, what was missed is found, and the archive is written.
 
-use std::fs::File;
 use std::io::Write;
+use std::num::NonZero;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::thread::{self, Builder};
 
 use rustix::fs::OFlags;
 use rustix::time::{ClockId, clock_gettime};
@@ -12,10 +13,22 @@ use stillframe_pgalloc::PageExtent;
 use crate::entry::{PathName, Timestamp};
 use crate::id_map::Ids;
 use crate::live::Live;
-use crate::live::model::{Body, Broken, Visit};
+use crate::live::model::{Body, Broken, Child, Node, Visit};
 use crate::save::{SaveTreeError, Saver, TreeSummary};
 use crate::scan::Content;
 use crate::stat::Stat;
+
+/// Most threads that look at inodes at the same time.
+const WORKERS: usize = 4;
+
+/// What was found by looking once more.
+#[derive(Default)]
+struct Looked {
+    /// Inodes of which something has changed that isn't reported.
+    changed: Vec<(u64, Stat)>,
+    /// An inode that was changed before the thaw, and wasn't read.
+    missed: Option<u64>,
+}
 
 /// A time by the clock of the kernel's filesystems that no change after this call is before.
 pub fn coarse_now() -> Timestamp {
@@ -24,7 +37,7 @@ pub fn coarse_now() -> Timestamp {
 }
 
 /// Why a tree can't be written, before its path is known.
-enum Trouble {
+pub(super) enum Trouble {
     Inode(u64),
     Save(SaveTreeError),
 }
@@ -44,69 +57,139 @@ impl Live {
     pub fn verify(&mut self, thaw: Timestamp) -> Result<(), SaveTreeError> {
         // From here on it would only be in the way.
         self.watch = None;
-        let mut missed = None;
-        for (inode, node) in &mut self.model.nodes {
-            let opened: std::io::Result<File> =
-                node.handle.open(self.root.as_fd(), OFlags::PATH | OFlags::NOFOLLOW);
-            // What is gone now was as it was read; names say whether it was still there.
-            let Ok(now) = opened.and_then(|file| Stat::of(&file)) else { continue };
-            match compare(&node.stat, &now, thaw) {
-                Now::Same(stat) => node.stat = stat,
-                Now::Changed => {}
-                Now::Missed => missed = Some(*inode),
+        self.count_names()?;
+        let is_directory = |(inode, node): (&u64, &Node)| match node.body {
+            Body::Directory(_) => self.names.contains_key(inode).then_some(*inode),
+            _ => None,
+        };
+        let directories: Vec<u64> = self.model.nodes.iter().filter_map(is_directory).collect();
+        // In a pause of somebody else's this is most of what there is to do.
+        let workers = thread::available_parallelism().map_or(1, NonZero::get).min(WORKERS);
+        let share = directories.len().div_ceil(workers).max(1);
+        let this = &*self;
+        let looked: Vec<Looked> = thread::scope(|scope| {
+            let workers: Vec<_> = directories
+                .chunks(share)
+                .map(|share| {
+                    let look = move || {
+                        share.iter().fold(Looked::default(), |looked, inode| this.look(*inode, thaw, looked))
+                    };
+                    Builder::new()
+                        .name("verify".into())
+                        .spawn_scoped(scope, look)
+                        .map_err(SaveTreeError::Thread)
+                })
+                .collect();
+            workers
+                .into_iter()
+                .map(|worker| Ok(worker?.join().expect("looking doesn't panic")))
+                .collect::<Result<_, _>>()
+        })?;
+        for Looked { changed, missed } in looked {
+            if let Some(inode) = missed {
+                return Err(self.unreported(inode));
+            }
+            for (inode, stat) in changed {
+                self.model.nodes.entry(inode).and_modify(|node| node.stat = stat);
+                self.alter(inode);
             }
         }
-        match missed {
-            // An inode without a name may be anything.
-            Some(inode) if self.model.count_names().is_ok_and(|names| names.contains_key(&inode)) => {
-                Err(self.unreported(inode))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
-    fn unreported(&self, inode: u64) -> SaveTreeError {
+    /// Looks at a directory and at what is in it that isn't one.
+    fn look(&self, directory: u64, thaw: Timestamp, mut looked: Looked) -> Looked {
+        let nodes = &self.model.nodes;
+        let Some(Node { body: Body::Directory(children), .. }) = nodes.get(&directory) else { return looked };
+        let open = |inode: u64| nodes[&inode].handle.open(self.root.as_fd(), OFlags::PATH | OFlags::NOFOLLOW);
+        let opened = open(directory).ok();
+        let mut compare = |inode: u64, now: Option<Stat>| {
+            // What is gone now was as it was read; names say whether it was still there.
+            let (Some(node), Some(now)) = (nodes.get(&inode), now) else { return };
+            match compare(&node.stat, &now, thaw) {
+                Now::Same(stat) if stat == node.stat => {}
+                Now::Same(stat) => looked.changed.push((inode, stat)),
+                Now::Changed => {}
+                Now::Missed => looked.missed = Some(inode),
+            }
+        };
+        compare(directory, opened.as_ref().and_then(|dir| Stat::of(dir).ok()));
+        for Child { inode, name } in children {
+            match nodes.get(inode) {
+                None | Some(Node { body: Body::Directory(_), .. }) => continue,
+                Some(_) => {}
+            }
+            // By its name, which takes a third of the time that it takes by its handle; if it has it still.
+            let by_name = opened.as_ref().and_then(|dir| Stat::at(dir, name).ok());
+            let now = by_name.filter(|now| now.inode == *inode);
+            compare(*inode, now.or_else(|| Stat::of(&open(*inode).ok()?).ok()));
+        }
+        looked
+    }
+
+    fn count_names(&mut self) -> Result<(), SaveTreeError> {
+        // With the archive they were counted, and it is gone if they have changed since.
+        if self.pieces.is_none() {
+            let names = self.model.count_names();
+            self.names = names.map_err(|Broken(inode)| self.unreported(inode))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn unreported(&self, inode: u64) -> SaveTreeError {
         SaveTreeError::Unreported { path: PathName(self.model.path(inode)) }
     }
 
     /// Writes the tree as one archive, with ids as `ids` has them.
     pub fn write<W: Write>(&self, ids: &Ids, out: W) -> Result<(W, TreeSummary), SaveTreeError> {
-        let names = self.model.count_names().map_err(|Broken(inode)| self.unreported(inode))?;
         let mut saver = Saver::of_saved(ids, out);
-        let written = self.model.walk(|Visit { name, depth, inode }| {
-            let node = &self.model.nodes[&inode];
-            let is_directory = matches!(node.body, Body::Directory(_));
-            if self.gone.contains(&inode) || !is_directory && names[&inode] != node.stat.links {
-                return Err(Trouble::Inode(inode));
-            }
-            let content = match &node.body {
-                Body::Directory(_) => Content::Directory,
-                Body::File(contents) => Content::Saved(contents.extents.clone()),
-                Body::Symlink(target) => Content::Symlink(target.clone()),
-                Body::Other => Content::Node,
-            };
-            saver.save(name, depth, &node.stat, content, node.xattrs.clone()).map_err(Trouble::Save)
-        });
-        match written {
-            Ok(()) => saver.finish(),
-            Err(Trouble::Inode(inode)) => Err(self.unreported(inode)),
-            Err(Trouble::Save(error)) => Err(error),
+        let written = self.model.walk(|visit| self.append(visit, &mut saver));
+        written.map_err(|trouble| self.because(trouble))?;
+        saver.finish()
+    }
+
+    /// Appends what a name stands for.
+    pub(super) fn append<W: Write>(
+        &self,
+        Visit { name, depth, inode }: Visit<'_>,
+        saver: &mut Saver<'_, W>,
+    ) -> Result<(), Trouble> {
+        let node = &self.model.nodes[&inode];
+        let is_directory = matches!(node.body, Body::Directory(_));
+        if self.gone.contains(&inode) || !is_directory && self.names.get(&inode) != Some(&node.stat.links) {
+            return Err(Trouble::Inode(inode));
+        }
+        let content = match &node.body {
+            Body::Directory(_) => Content::Directory,
+            Body::File(contents) => Content::Saved(contents.extents.clone()),
+            Body::Symlink(target) => Content::Symlink(target.clone()),
+            Body::Other => Content::Node,
+        };
+        saver.save(name, depth, &node.stat, content, node.xattrs.clone()).map_err(Trouble::Save)
+    }
+
+    pub(super) fn because(&self, trouble: Trouble) -> SaveTreeError {
+        match trouble {
+            Trouble::Inode(inode) => self.unreported(inode),
+            Trouble::Save(error) => error,
         }
     }
 
     /// Ranges of the pages file that nothing refers to any more, in no order. Forgets what has no name.
     pub fn superseded(&mut self) -> Vec<Range<u64>> {
-        let names = self.model.count_names().unwrap_or_default();
-        let copier = &mut self.copier;
-        self.model.nodes.retain(|inode, node| {
-            let named = names.contains_key(inode);
-            if let Body::File(contents) = &node.body
-                && !named
-            {
-                copier.drop_all(contents);
-            }
-            named
-        });
+        let (names, copier) = (&self.names, &mut self.copier);
+        // Else all of them have names.
+        if self.model.nodes.len() > names.len() {
+            self.model.nodes.retain(|inode, node| {
+                let named = names.contains_key(inode);
+                if let Body::File(contents) = &node.body
+                    && !named
+                {
+                    copier.drop_all(contents);
+                }
+                named
+            });
+        }
         std::mem::take(&mut copier.superseded)
     }
 
@@ -117,6 +200,7 @@ impl Live {
 
     /// Replaces each file's extents by what `relocate` makes of them.
     pub fn relocate(&mut self, relocate: impl Fn(&[PageExtent]) -> Vec<PageExtent>) {
+        self.pieces = None;
         for node in self.model.nodes.values_mut() {
             if let Body::File(contents) = &mut node.body {
                 contents.extents = relocate(&contents.extents);
