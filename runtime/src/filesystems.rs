@@ -16,6 +16,7 @@ use stillframe_tmpfs::{Ids, ResourceId};
 
 use crate::filestores::{self, Filestores};
 use crate::hints::{Medium, Share};
+use crate::lazy;
 use crate::oci_runtime;
 use crate::plan::{Below, Mountpoint, PlannedMount, Volume};
 use crate::restore::{DiskTarget, Target};
@@ -264,7 +265,9 @@ fn holds_only_directories(id: &ResourceId, mountpoint: &Path) -> Result<bool, Pr
     Ok(true)
 }
 
-/// Removes the filesystems of a container that nobody else has, and forgets it as a user of the others.
+/// Removes the filesystems of a container that nobody else has, and forgets it as a user of the others. A volume that somebody else has
+/// made stays known, and goes on being loaded, as long as the sandbox has another container: the pod goes on, and the next
+/// container may want it (an init container's successor, or a container that is made again).
 pub(crate) fn remove_of(locked: &Locked, container: &str) -> Result<(), RemoveError> {
     let dir = locked.dir();
     for name in dir.filesystems_of(container)? {
@@ -275,20 +278,27 @@ pub(crate) fn remove_of(locked: &Locked, container: &str) -> Result<(), RemoveEr
         });
         remove(locked, &name, record.as_ref())?;
     }
+    let last = dir.containers()?.iter().all(|other| other == container);
     for name in dir.pod_filesystems()? {
         // Without a record nothing was made of it.
         let Some(mut record) = dir.filesystem(&name)? else {
             remove(locked, &name, None)?;
             continue;
         };
-        if record.existing.is_some() && record.restoring {
+        let half = record.existing.is_some() && record.restoring;
+        if half {
             // It outlives us, and whoever finds something on it takes it for whole.
             clear(&record.resource_id, &dir.mountpoint(&name));
             record.restoring = false;
         }
         let before = record.users.len();
         record.users.retain(|user| user.container != container);
-        if record.users.is_empty() {
+        // What couldn't be loaded isn't handed on.
+        let broken = || {
+            lazy::status(&dir.filesystem_dir(&name))
+                .is_ok_and(|status| status.is_some_and(|status| status.failed_files > 0))
+        };
+        if record.users.is_empty() && (last || half || record.existing.is_none() || broken()) {
             remove(locked, &name, Some(&record))?;
         } else if record.users.len() < before {
             locked.put_filesystem(&name, &record)?;

@@ -91,3 +91,52 @@ fn a_container_that_restarts_gets_what_is_asked_for() {
     );
     assert!(error.unwrap_err().contains("\"never\": give keep, image or empty"));
 }
+
+/// What an init container does to a volume counts, though it ends before the volume is loaded; so does that the volume was emptied.
+#[test]
+fn a_volume_goes_on_being_loaded_for_the_container_that_comes_next() {
+    let node = tempfile::tempdir().unwrap();
+    let volume = node.path().join("pods/uid/volumes/kubernetes.io~empty-dir/cache");
+    fs::create_dir_all(&volume).unwrap();
+    let tmpfs = || Command::new("mount").args(["-t", "tmpfs", "tmpfs"]).arg(&volume).status().unwrap();
+    let unmount = || Command::new("umount").arg(&volume).status().unwrap();
+    let config = format!(
+        r#""root": {{"path": "rootfs"}}, "mounts": [{{"destination": "/cache", "type": "bind", "source": "{}", "options": ["rbind"]}}]"#,
+        volume.display()
+    );
+    let image = node.path().join("image");
+    assert!(tmpfs().success());
+    {
+        let mut pod = Pod::new();
+        pod.running("c", &config);
+        for name in ["small", "large"] {
+            let size = if name == "small" { 100 } else { 5_000_000 };
+            fs::write(volume.join(name), contents(name, size)).unwrap();
+        }
+        pod.checkpoint("c", &image, &[]).unwrap();
+    }
+    assert!(unmount().success() && tmpfs().success());
+    {
+        let mut pod = lazy_pod();
+        pod.running("pause", r#""root": {"path": "rootfs"}, "mounts": []"#);
+        // Nothing is loaded before it has a process, which it never gets.
+        pod.prepare("setup", &config, Some(&image)).unwrap();
+        fs::write(volume.join("added"), "by setup").unwrap();
+        pod.remove("setup");
+        let restored = pod.prepare("web", &config, Some(&image)).unwrap().restored.unwrap();
+        assert_eq!((restored.restored.len(), restored.kept.len()), (0, 1));
+        pod.start("web", &mut sleep());
+        pod.sandbox.await_load("web").unwrap();
+        assert_eq!(fs::read_to_string(volume.join("added")).unwrap(), "by setup");
+        assert!(fs::read(volume.join("small")).unwrap() == contents("small", 100));
+        assert!(fs::read(volume.join("large")).unwrap() == contents("large", 5_000_000));
+        for name in ["added", "small", "large"] {
+            fs::remove_file(volume.join(name)).unwrap();
+        }
+        pod.remove("web");
+        let restored = pod.prepare("again", &config, Some(&image)).unwrap().restored.unwrap();
+        assert_eq!((restored.restored.len(), restored.kept.len()), (0, 1));
+        assert_eq!(fs::read_dir(&volume).unwrap().count(), 0);
+    }
+    assert!(unmount().success());
+}
