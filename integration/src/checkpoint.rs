@@ -32,6 +32,17 @@ pub struct LastCheckpoint {
     pub frozen_ms: f64,
     /// From request to commit, in milliseconds.
     pub total_ms: f64,
+    /// How long each phase took.
+    pub phases: Vec<PhaseTime>,
+}
+
+/// A phase of a checkpoint, and how long it took.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct PhaseTime {
+    /// Its name.
+    pub phase: String,
+    /// In milliseconds.
+    pub ms: f64,
 }
 
 /// Why a checkpoint can't be looked at.

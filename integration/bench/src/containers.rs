@@ -193,7 +193,10 @@ fn pause_ctr(results: &mut Results) -> Result<()> {
         number += 1;
         containerd.checkpoint(container.id(), &format!("localhost/bench:{number}"))?;
         let pause = ask()?;
-        eprintln!("bench:   {:?}", containerd.last_checkpoint(container.id())?);
+        let phases = containerd.last_checkpoint(container.id())?.phases;
+        let phases: Vec<String> =
+            phases.iter().map(|time| format!("{} {:.1}", time.phase, time.ms)).collect();
+        eprintln!("bench:   the shim's part, ms: {}", phases.join(", "));
         fs::remove_dir_all(&pages)?;
         Ok(pause)
     };
