@@ -155,11 +155,15 @@ impl Runc {
         ] {
             command.args(set.then_some(flag));
         }
+        for namespace in &options.empty_namespaces {
+            command.arg("--empty-ns").arg(namespace);
+        }
         let result = self.execute(command.arg(id), None).await;
         log.close("checkpoint", result).map_err(|error| error.with_criu_log(&work.join("dump.log")))
     }
 
-    /// `runc restore`: has CRIU restore processes as the container, which they run in at once.
+    /// `runc restore`: has CRIU restore processes as the container, which they run in at once. What had to be allowed to be saved is
+    /// allowed to come back: only the image knows.
     pub async fn restore(
         &self,
         id: &str,
@@ -170,7 +174,8 @@ impl Runc {
     ) -> Result<(), RuncError> {
         let log = self.log();
         let mut command = self.command(&log, mode, "restore", images, work);
-        command.args(["--detach", "--no-subreaper", "--file-locks", "--bundle"]).arg(&self.bundle);
+        command.args(["--tcp-established", "--ext-unix-sk", "--file-locks"]);
+        command.args(["--detach", "--no-subreaper", "--bundle"]).arg(&self.bundle);
         for (flag, path) in [("--pid-file", &options.pid_file), ("--console-socket", &options.console_socket)]
         {
             if let Some(path) = path {

@@ -40,7 +40,7 @@ pub mod containerd {
 }
 
 pub use client::{Cri, CriError};
-pub use pod::{Pod, PodContainer, PodSpec, State};
+pub use pod::{Pod, PodContainer, PodContainerSpec, PodSpec, State};
 pub use registry::Registry;
 pub use tasks::Tasks;
 pub use volume::MemoryVolume;

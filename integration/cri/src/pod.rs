@@ -191,6 +191,12 @@ impl<'a> PodContainerSpec<'_, 'a> {
         self
     }
 
+    /// With a terminal, whose output is its log.
+    pub fn terminal(mut self) -> Self {
+        self.config.tty = true;
+        self
+    }
+
     /// A capability, by its name without `CAP_`.
     pub fn capability(mut self, name: &str) -> Self {
         let security = self.config.linux.get_or_insert_default().security_context.get_or_insert_default();

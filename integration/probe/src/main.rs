@@ -5,6 +5,7 @@
 //! error and status 1; wrong usage is status 2.
 
 mod content;
+mod converse;
 mod count;
 mod escape;
 mod fill;
@@ -21,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: stillframe-probe fill DIR [--seed N] [--big BYTES] [--copy SRC] [--beyond-path-max] \
-[--inode-flags] | list DIR [--cross] | hold DIR | count FILE SEGMENT | idle | pause-meter | mounts | mount-tmpfs DIR";
+[--inode-flags] | list DIR [--cross] | hold DIR | converse FILE | count FILE SEGMENT [--aloud] | idle | pause-meter | mounts | mount-tmpfs DIR";
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -60,7 +61,9 @@ fn run(arguments: &[OsString]) -> Result<(), Failure> {
         ["list", _] => list::list(Path::new(&arguments[1]), false, out)?,
         ["list", _, "--cross"] => list::list(Path::new(&arguments[1]), true, out)?,
         ["hold", _] => hold::hold(Path::new(&arguments[1]))?,
-        ["count", _, _] => count::count(Path::new(&arguments[1]), Path::new(&arguments[2]))?,
+        ["converse", _] => converse::converse(Path::new(&arguments[1]))?,
+        ["count", _, _] => count::count(Path::new(&arguments[1]), Path::new(&arguments[2]), false)?,
+        ["count", _, _, "--aloud"] => count::count(Path::new(&arguments[1]), Path::new(&arguments[2]), true)?,
         ["idle"] => {
             println!("ready");
             hold::idle();
