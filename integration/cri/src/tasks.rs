@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use stillframe_integration::Containerd;
 use stillframe_integration::ctr::CtrError;
+use tonic::metadata::MetadataValue;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
 
@@ -51,6 +52,7 @@ pub struct Tasks<'a> {
     containerd: &'a Containerd,
     tokio: tokio::runtime::Runtime,
     channel: Channel,
+    lease: Option<&'static str>,
 }
 
 impl<'a> Tasks<'a> {
@@ -61,7 +63,14 @@ impl<'a> Tasks<'a> {
         let endpoint = Endpoint::from_shared(format!("unix://{}", containerd.ctr().address.display()));
         let endpoint = endpoint.expect("the path of the socket was made here, of letters");
         let channel = tokio.block_on(async { endpoint.connect_lazy() });
-        Self { containerd, tokio, channel }
+        Self { containerd, tokio, channel, lease: None }
+    }
+
+    /// The same with a lease: what its calls put into containerd's store stays there.
+    pub fn keeping(self) -> Result<Self, CtrError> {
+        const LEASE: &str = "tasks";
+        self.containerd.ctr().run(&["leases", "create", "--id", LEASE])?;
+        Ok(Self { lease: Some(LEASE), ..self })
     }
 
     /// Makes one call with this message; `told` picks from the answer what is worth comparing.
@@ -77,6 +86,9 @@ impl<'a> Tasks<'a> {
         let mut request = Request::new(message);
         let namespace = self.containerd.namespace().parse().expect("namespaces are ASCII");
         request.metadata_mut().insert("containerd-namespace", namespace);
+        if let Some(lease) = self.lease {
+            request.metadata_mut().insert("containerd-lease", MetadataValue::from_static(lease));
+        }
         let call = call(TasksClient::new(self.channel.clone()), request);
         match self.tokio.block_on(async { tokio::time::timeout(DEADLINE, call).await }) {
             Ok(Ok(answer)) => Outcome::Done(told(answer.into_inner())),

@@ -64,7 +64,9 @@ fn goes_on_in_another_pod(
     let (token, before) = counted(&web, 20);
     // By kubelet's request, where containerd has it.
     let from = if let Some(options) = options {
-        unpack(containerd, &save(&Tasks::new(containerd), web.id(), options).unwrap()).display().to_string()
+        unpack(containerd, &save(&Tasks::new(containerd).keeping().unwrap(), web.id(), options).unwrap())
+            .display()
+            .to_string()
     } else if version.numbers() >= (2, 0) {
         let archive = containerd.dir().join("checkpoint.tar");
         web.checkpoint(&archive).unwrap();
@@ -170,7 +172,7 @@ fn established_connections_are_saved_if_the_options_say_so(version: &ContainerdV
     };
     let old = talking("old").start().unwrap();
     conversed(&old, 5);
-    let client = Tasks::new(&containerd);
+    let client = Tasks::new(&containerd).keeping().unwrap();
     let error = save(&client, old.id(), &[0x28, 1]).unwrap_err();
     assert!(error.contains("CRIU: ") && error.contains("--tcp-established"), "{error}");
     let (token, before) = conversed(&old, 5);
