@@ -128,12 +128,7 @@ impl Runc {
 
     /// `runc exec`.
     pub async fn exec(&self, id: &str, process: &Process, options: &ExecOpts) -> Result<(), RuncError> {
-        let log = self.log();
-        let result = match self.client(&log) {
-            Ok(runc) => runc.exec(id, process, Some(options)).await,
-            Err(error) => Err(error),
-        };
-        log.close("exec", result)
+        self.call("exec", async |runc| runc.exec(id, process, Some(options)).await).await
     }
 
     /// `runc checkpoint`: has CRIU save the container's processes to a directory. They stay, frozen if they were.
@@ -224,22 +219,15 @@ impl Runc {
 
     /// `runc kill`; `all` signals every process of the container, also where its init is dead.
     pub async fn kill(&self, id: &str, signal: u32, all: bool) -> Result<(), RuncError> {
-        let log = self.log();
-        let result = match self.client(&log) {
-            Ok(runc) => runc.kill(id, signal, Some(&KillOpts::new().all(all))).await,
-            Err(error) => Err(error),
-        };
-        log.close("kill", result)
+        self.call("kill", async |runc| runc.kill(id, signal, Some(&KillOpts::new().all(all))).await).await
     }
 
     /// `runc delete`; `force` kills it first. A container that runc doesn't know is fine.
     pub async fn delete(&self, id: &str, force: bool) -> Result<(), RuncError> {
-        let log = self.log();
-        let result = match self.client(&log) {
-            Ok(runc) => runc.delete(id, Some(&DeleteOpts::new().force(force))).await,
-            Err(error) => Err(error),
-        };
-        match log.close("delete", result) {
+        match self
+            .call("delete", async |runc| runc.delete(id, Some(&DeleteOpts::new().force(force))).await)
+            .await
+        {
             Err(error) if error.is_unknown() => Ok(()),
             result => result,
         }
@@ -247,42 +235,37 @@ impl Runc {
 
     /// `runc pause`.
     pub async fn pause(&self, id: &str) -> Result<(), RuncError> {
-        let log = self.log();
-        let result = match self.client(&log) {
-            Ok(runc) => runc.pause(id).await,
-            Err(error) => Err(error),
-        };
-        log.close("pause", result)
+        self.call("pause", async |runc| runc.pause(id).await).await
     }
 
     /// `runc resume`.
     pub async fn resume(&self, id: &str) -> Result<(), RuncError> {
-        let log = self.log();
-        let result = match self.client(&log) {
-            Ok(runc) => runc.resume(id).await,
-            Err(error) => Err(error),
-        };
-        log.close("resume", result)
+        self.call("resume", async |runc| runc.resume(id).await).await
     }
 
     /// `runc ps`: the host's pids of all processes in the container.
     pub async fn pids(&self, id: &str) -> Result<Vec<u32>, RuncError> {
-        let log = self.log();
-        let result = match self.client(&log) {
-            Ok(runc) => runc.ps(id).await,
-            Err(error) => Err(error),
-        };
-        Ok(log.close("ps", result)?.into_iter().filter_map(|pid| u32::try_from(pid).ok()).collect())
+        let pids = self.call("ps", async |runc| runc.ps(id).await).await?;
+        Ok(pids.into_iter().filter_map(|pid| u32::try_from(pid).ok()).collect())
     }
 
     /// `runc update`.
     pub async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), RuncError> {
+        self.call("update", async |runc| runc.update(id, resources).await).await
+    }
+
+    /// Has runc do one command; where it fails, its log says why.
+    async fn call<T>(
+        &self,
+        command: &'static str,
+        call: impl AsyncFnOnce(runc::Runc) -> runc::Result<T>,
+    ) -> Result<T, RuncError> {
         let log = self.log();
         let result = match self.client(&log) {
-            Ok(runc) => runc.update(id, resources).await,
+            Ok(runc) => call(runc).await,
             Err(error) => Err(error),
         };
-        log.close("update", result)
+        log.close(command, result)
     }
 
     fn client(&self, log: &Log) -> runc::Result<runc::Runc> {

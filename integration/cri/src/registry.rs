@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use stillframe_integration::{Containerd, LookError};
+use stillframe_integration::{Containerd, ContainerdVersion, LookError, image, skip};
+
+use crate::Cri;
 
 /// The image's name in the registry.
 const NAME: &str = "probe";
@@ -40,6 +42,21 @@ pub struct Registry {
     address: SocketAddr,
     ended: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// A containerd that makes a container of an archive that is given as its image, and a registry with the base image, which it has to
+/// pull again by its digest. Only 2.1 does so unless told to; where there is none, that is printed.
+pub fn with_archives(test: &str) -> Option<(Cri, Registry)> {
+    let version = ContainerdVersion::or_skip("2", test)?;
+    if version.numbers() != (2, 1) {
+        skip::skipped(test, &format!("containerd {:?} doesn't do it unless told to", version.numbers()));
+        return None;
+    }
+    let cri = Cri::start(&version).unwrap_or_else(|error| panic!("{error}"));
+    let registry = Registry::start(cri.containerd(), image::NAME);
+    let registry = registry.unwrap_or_else(|error| panic!("{error}"));
+    cri.pull(&registry.name()).unwrap_or_else(|error| panic!("{error}"));
+    Some((cri, registry))
 }
 
 /// What it serves.

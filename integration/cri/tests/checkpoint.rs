@@ -7,8 +7,8 @@ use std::fs::File;
 use std::path::Path;
 
 use stillframe_cri::pod::{AS_RUNC, HANDLER};
-use stillframe_cri::{Cri, CriError, MemoryVolume, Registry, State};
-use stillframe_integration::{ContainerdVersion, assert_same, image, skip};
+use stillframe_cri::{Cri, CriError, MemoryVolume, State, registry};
+use stillframe_integration::{ContainerdVersion, assert_same};
 
 stillframe_integration::with_every_containerd!(
     an_archive_brings_a_pods_volumes_back,
@@ -107,15 +107,7 @@ fn saved_and_brought_back(version: &ContainerdVersion, handler: &str) {
 #[test]
 fn a_container_is_created_from_an_archive() {
     const TEST: &str = "a_container_is_created_from_an_archive";
-    let Some(version) = ContainerdVersion::or_skip("2", TEST) else { return };
-    if version.numbers() != (2, 1) {
-        skip::skipped(TEST, &format!("containerd {:?} doesn't do it unless told to", version.numbers()));
-        return;
-    }
-    let cri = Cri::start(&version).unwrap();
-    // containerd wants to pull the base image again, by its digest.
-    let registry = Registry::start(cri.containerd(), image::NAME).unwrap();
-    cri.pull(&registry.name()).unwrap();
+    let Some((cri, registry)) = registry::with_archives(TEST) else { return };
     for handler in [HANDLER, AS_RUNC] {
         let archive = cri.containerd().dir().join(format!("{handler}.tar"));
         let spec = cri.pod("old").handler(handler);

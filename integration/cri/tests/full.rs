@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use prost_types::Any;
 use stillframe_cri::containerd::services::tasks::v1 as tasks;
 use stillframe_cri::tasks::Outcome;
-use stillframe_cri::{Cri, MemoryVolume, PodContainer, PodContainerSpec, Registry, State, Tasks};
-use stillframe_integration::{Container, Containerd, ContainerdVersion, criu, image, skip};
+use stillframe_cri::{Cri, MemoryVolume, PodContainer, PodContainerSpec, State, Tasks, registry};
+use stillframe_integration::{Container, Containerd, ContainerdVersion, criu};
 
 stillframe_integration::with_every_containerd!(
     a_pods_process_goes_on_in_another_pod,
@@ -193,17 +193,10 @@ fn established_connections_are_saved_if_the_options_say_so(version: &ContainerdV
 #[test]
 fn a_process_goes_on_in_a_container_that_is_created_from_an_archive() {
     const TEST: &str = "a_process_goes_on_in_a_container_that_is_created_from_an_archive";
-    let Some(version) = ContainerdVersion::or_skip("2", TEST) else { return };
     if criu::or_skip(TEST).is_none() {
         return;
     }
-    if version.numbers() != (2, 1) {
-        skip::skipped(TEST, &format!("containerd {:?} doesn't do it unless told to", version.numbers()));
-        return;
-    }
-    let cri = Cri::start(&version).unwrap();
-    let registry = Registry::start(cri.containerd(), image::NAME).unwrap();
-    cri.pull(&registry.name()).unwrap();
+    let Some((cri, registry)) = registry::with_archives(TEST) else { return };
     let archive = cri.containerd().dir().join("checkpoint.tar");
     let count = ["probe", "count", "/cache/log", "/dev/shm/segment"];
     let start = |name: &str, image: &str| {
