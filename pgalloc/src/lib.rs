@@ -21,7 +21,7 @@ mod zero;
 pub use digest::{CHUNK_SIZE, DigestError, DigestTable, digest_chunks};
 pub use load::{
     AsyncPagesFileLoad, LoadError, LoadOptions, LoadSummary, LoadTarget, OnClosed, OnFailed, OnLoaded,
-    can_install,
+    VerifiedPages, can_install,
 };
 pub use memory_file::MemoryFile;
 pub use meta::{MetaError, PagesMeta, PrivateMemoryFileMeta};

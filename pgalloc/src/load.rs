@@ -23,6 +23,7 @@
 mod error;
 mod loader;
 mod queue;
+mod verified;
 
 use std::fmt;
 use std::fs::File;
@@ -34,6 +35,7 @@ use std::thread::{self, JoinHandle};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 pub use error::LoadError;
+pub use verified::VerifiedPages;
 
 use crate::digest::DigestTable;
 use crate::page::{MAX_FILE_SIZE, PageExtent, PagesOffset, validate_extents};

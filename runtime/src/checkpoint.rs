@@ -7,9 +7,10 @@
 //!
 //! Phases, and what they are called: [`Phase`]. What is frozen, and for how long at most: `checkpoint/freeze.rs`.
 //!
-//! A filesystem on disk is frozen besides, once no process can write to it any more, so that its file is
-//! consistent, and if the host's filesystem has reflinks, that file is read from a clone when all is thawed. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen filesystem
-//! couldn't be frozen itself.
+//! A filesystem on disk is frozen besides, once no process can write to it any more, so that its file is consistent, and if the
+//! host's filesystem has reflinks, that file is read from a clone when all is thawed. Files that aren't loaded yet are taken from
+//! what they are loaded from. Lock order: the containers' cgroups, then filesystems; a process that waits for a frozen
+//! filesystem couldn't be frozen itself.
 
 mod ahead;
 mod durable;
@@ -31,6 +32,7 @@ use stillframe_pgalloc::{
     AsyncMemoryFileSave, AsyncPagesFileSave, Direct, MemoryFile, PagesFileSummary, SaveError, SaveOptions,
 };
 use stillframe_tmpfs::entry::Timestamp;
+use stillframe_tmpfs::lazy::unloaded::Unloaded;
 use stillframe_tmpfs::live::coarse_now;
 use stillframe_tmpfs::save::{SaveTreeError, TreeSummary, save_moving_tree, save_private_tree, save_tree};
 use stillframe_tmpfs::{Ids, ResourceId};
@@ -131,8 +133,7 @@ pub struct CheckpointResult {
     pub superseded_bytes: u64,
     /// Files that were open but had no name: they aren't in the image.
     pub unlinked: Unlinked,
-    /// How long the container was needed frozen, in milliseconds. If it was frozen before (paused), it
-    /// stays so afterwards.
+    /// How long the container was needed frozen, in milliseconds. One that was paused before stays so.
     pub frozen_ms: f64,
     /// How long it took from the request to the commit, in milliseconds.
     pub total_ms: f64,
@@ -206,16 +207,15 @@ fn take(
         // So that under the freeze there are buffers, and nobody waits for the disk.
         pages.drain().map_err(|source| pages_failed(&image.pages_path(), source))?;
     }
-    lazy::leave_cgroups(dir);
+    let away = lazy::leave_cgroups(dir);
     progress.enter(Phase::Freeze);
     let cgroups: Vec<&Cgroup> = scope.cgroups().chain(&others).collect();
     let filesystems = on_disk().map(|selected| selected.name.clone()).collect();
     let freeze = Freeze::new(state, &cgroups, filesystems, request.pause_limit, pages.canceller())?;
 
     progress.enter(Phase::Settle);
-    let limited = request.pause_limit.is_some();
     let output = Output { image: &image, pages };
-    let read = read(&selected, &views, &mut lives, limited, output);
+    let read = read(&selected, &views, &mut lives, request.pause_limit.is_some(), output);
     let read = read.map_err(|cause| freeze.because(cause))?;
     freeze.lift_limit()?;
     let thaw = coarse_now();
@@ -227,6 +227,7 @@ fn take(
         progress.enter(Phase::Thaw);
         (None, Some(freeze.thaw()?))
     };
+    drop(away);
     progress.enter(Phase::Commit);
     let (rounds, copied_live_bytes) = (lives.rounds, lives.copied);
     let Committed { manifest, pages, superseded_bytes, copied_thawed_bytes } =
@@ -319,9 +320,11 @@ fn read(
                 filesystems.push(ReadFilesystem { offsets, archive: None });
                 continue;
             }
-            // Whoever may be thawed in the midst of it can't read files through mappings.
-            (None, None) if limited => Saving::Moving,
-            (None, None) => Saving::Still,
+            (None, None) => match selected.unloaded()? {
+                // Whoever may be thawed in the midst of it can't read files through mappings.
+                None if !limited => Saving::Still,
+                unloaded => Saving::Moving(unloaded),
+            },
             (Some(path), _) => {
                 let (guard, file) = selected.save_filestore(path, &pages, image)?;
                 frozen.push(guard);
@@ -332,7 +335,7 @@ fn read(
                 Saving::Private
             }
         };
-        still |= !matches!(saving, Saving::Moving);
+        still |= !matches!(saving, Saving::Moving(_));
         let archive = match tree.take() {
             Some(part) => {
                 let start = part.position();
@@ -355,10 +358,9 @@ fn read(
 }
 
 /// How a filesystem is saved that isn't in memory.
-#[derive(Clone, Copy)]
 enum Saving {
     Still,
-    Moving,
+    Moving(Option<Unloaded>),
     Private,
 }
 
@@ -372,7 +374,7 @@ impl Saving {
     ) -> Result<(W, TreeSummary), SaveTreeError> {
         match self {
             Self::Still => save_tree(view, ids, memory, out),
-            Self::Moving => save_moving_tree(view, ids, memory, out),
+            Self::Moving(unloaded) => save_moving_tree(view, ids, memory, unloaded.as_ref(), out),
             Self::Private => save_private_tree(view, ids, out),
         }
     }

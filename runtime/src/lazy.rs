@@ -19,6 +19,8 @@
 //! A large file gets its pages without being written to, so that its times are right all the while; not on a filesystem with
 //! huge pages, where they are put back when it is loaded.
 //!
+//! A checkpoint waits for none of them: it takes what isn't loaded from where it is loaded from ([`unloaded`]).
+//!
 //! Small files are loaded before the container's program runs, since a file behind the gate costs a descriptor and two
 //! messages. What a gate can't hold (files with inode flags; all, where the kernel has no permission events) is taken for small.
 
@@ -30,22 +32,25 @@ mod keeper;
 mod loader;
 mod memory;
 mod schedule;
+mod unloaded;
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{SigSet, Signal};
-use stillframe_pgalloc::{PagesMeta, can_install};
+use stillframe_pgalloc::{LoadError, PagesMeta, can_install};
 use stillframe_tmpfs::lazy::PendingFile;
 
 use crate::freezer::Cgroup;
 use crate::state::{InitRecord, StateDir};
 pub use files::{LoadPhase, LoadStatus};
 pub(crate) use files::{NAMES, PendingList};
+pub(crate) use unloaded::unloaded;
 
 /// Files with at least so many bytes of data are loaded behind the start. A smaller one is read in the time that the gate for it takes.
 const LARGE: u64 = 64 * 1024;
@@ -88,6 +93,15 @@ pub enum LazyError {
     Decode {
         /// The file.
         path: PathBuf,
+    },
+    /// What the files are loaded from can't be read.
+    #[error("read {path}")]
+    Pages {
+        /// The pages file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<LoadError>,
     },
     /// A process couldn't be started, or ended at once.
     #[error("start {program} to load the restored files")]
@@ -190,8 +204,10 @@ pub(crate) fn stop(directory: &Path) -> Result<bool, LazyError> {
 }
 
 /// Before containers of the sandbox are frozen: has the loaders leave their cgroups, where those are what is frozen. (A
-/// loader could otherwise be frozen with an opener that waits for it, and such a freeze doesn't complete.)
-pub(crate) fn leave_cgroups(dir: &StateDir) {
+/// loader could otherwise be frozen with an opener that waits for it, and such a freeze doesn't complete.) Who waits for a file when
+/// this is called has it when it returns.
+pub(crate) fn leave_cgroups(dir: &StateDir) -> Away {
+    let mut away = Away::default();
     for id in dir.containers().unwrap_or_default() {
         let Ok(Some(container)) = dir.container(&id) else { continue };
         let cgroup = container.init.and_then(|init| init.cgroup);
@@ -199,19 +215,30 @@ pub(crate) fn leave_cgroups(dir: &StateDir) {
             continue;
         }
         for name in &container.filesystems {
-            if let Err(error) = leave(&dir.filesystem_dir(name)) {
-                tracing::warn!(container = id, %error, "a loader may be frozen with the container");
+            match leave(&dir.filesystem_dir(name)) {
+                Ok(asked) => away.asked.extend(asked),
+                Err(error) => {
+                    tracing::warn!(container = id, %error, "a loader may be frozen with the container");
+                }
             }
         }
     }
+    away
 }
 
-fn leave(directory: &Path) -> Result<(), LazyError> {
+/// For as long as it lives, loaders stay out of the cgroups that they were asked to leave: until what was frozen is thawed.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Away {
+    asked: Vec<UnixStream>,
+}
+
+fn leave(directory: &Path) -> Result<Option<UnixStream>, LazyError> {
     let loading = status(directory)?.is_some_and(|status| status.phase != LoadPhase::Done);
-    if loading {
-        control::ask(directory, &control::Request::Leave)?;
+    if !loading {
+        return Ok(None);
     }
-    Ok(())
+    control::converse(directory, &control::Request::Leave).map(|(_, asked)| Some(asked))
 }
 
 /// What the program does that [`start`] starts: `arguments` are those after [`ARGUMENT`]. Ends when all is loaded.

@@ -21,7 +21,7 @@ use crate::image::Image;
 use crate::image_source;
 use crate::images::{self, Images};
 use crate::lazy;
-pub use crate::lazy::{LazyError, Load, LoadPhase, LoadStatus};
+pub use crate::lazy::{Away, LazyError, Load, LoadPhase, LoadStatus};
 use crate::manifest::{Manifest, SavedContainer};
 use crate::plan::{PlannedMount, plan};
 use crate::process;
@@ -310,9 +310,10 @@ impl Sandbox {
         })
     }
 
-    /// Before something else freezes a container: what loads its files mustn't be frozen with it.
-    pub fn before_freeze(&self) {
-        lazy::leave_cgroups(&self.dir);
+    /// Before something else freezes a container: what loads its files mustn't be frozen with it, until that is thawed and what this
+    /// returns is dropped.
+    pub fn before_freeze(&self) -> Away {
+        lazy::leave_cgroups(&self.dir)
     }
 
     /// How far the loading of the container's restored files has come, by filesystem; those that are complete aren't

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use stillframe_pgalloc::{AsyncPagesFileSave, MemoryFile, PrivateMemoryFileMeta, SaveError};
 use stillframe_tmpfs::Ids;
 use stillframe_tmpfs::filestore::{self, FilestoreError, reflink};
+use stillframe_tmpfs::lazy::unloaded::Unloaded;
 use stillframe_tmpfs::mount::open_view;
 
 use crate::checkpoint::{CheckpointCause, pages_failed};
 use crate::freezer::Cgroup;
 use crate::image::ImageWriter;
+use crate::lazy;
 use crate::process;
 use crate::selector::Selector;
 use crate::state::{ContainerRecord, FilesystemRecord, StateDir, StateError};
@@ -30,6 +32,13 @@ pub(crate) struct Selected {
 }
 
 impl Selected {
+    /// Its files that aren't loaded yet.
+    pub(crate) fn unloaded(&self) -> Result<Option<Unloaded>, CheckpointCause> {
+        let directory = self.mountpoint.parent().expect("it is in the filesystem's directory");
+        let id = || self.record.resource_id.clone();
+        lazy::unloaded(directory).map_err(|source| CheckpointCause::Unloaded { id: id(), source })
+    }
+
     fn filestore_failed(&self, source: FilestoreError) -> CheckpointCause {
         CheckpointCause::Filestore { id: self.record.resource_id.clone(), source: Box::new(source) }
     }

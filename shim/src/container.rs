@@ -177,6 +177,7 @@ impl Container {
         self.init.begin(Operation::Pause, State::Pausing)?;
         self.filesystems.before_freeze().await;
         if let Err(error) = self.runc.pause(&self.id).await {
+            self.filesystems.after_thaw();
             self.init.step(State::Pausing, State::Running);
             return Err(error.into());
         }
@@ -196,6 +197,7 @@ impl Container {
         let _freeze = self.freeze.lock().await;
         self.init.admit(Operation::Resume)?;
         self.runc.resume(&self.id).await?;
+        self.filesystems.after_thaw();
         self.init.step(State::Paused, State::Running);
         // The pause was for something else than a checkpoint, or is over.
         drop(self.ahead.take());

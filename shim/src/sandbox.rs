@@ -4,9 +4,10 @@ use std::error::Error;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
 
 use stillframe_runtime::images::Images;
-use stillframe_runtime::sandbox::{Ahead, CheckpointRequest, Load, PrepareRequest, Sandbox};
+use stillframe_runtime::sandbox::{Ahead, Away, CheckpointRequest, Load, PrepareRequest, Sandbox};
 
 use crate::error::TaskError;
 
@@ -23,6 +24,8 @@ pub fn load(arguments: impl Iterator<Item = OsString>) -> ExitCode {
 pub struct Filesystems {
     sandbox: Sandbox,
     container_id: String,
+    /// While it is frozen by something else than a checkpoint.
+    away: Arc<Mutex<Option<Away>>>,
 }
 
 impl Filesystems {
@@ -33,7 +36,7 @@ impl Filesystems {
             id: container_id.into(),
             source: Box::new(error),
         })?;
-        Ok(Self { sandbox, container_id: container_id.into() })
+        Ok(Self::of(sandbox, container_id))
     }
 
     /// Finds the sandbox that the container is in, if it is in one.
@@ -41,7 +44,11 @@ impl Filesystems {
         let (namespace, id) = (namespace.to_string(), container_id.to_string());
         let sandbox =
             blocking("finding", container_id, move || Sandbox::of_container(&namespace, &id)).await?;
-        Ok(sandbox.map(|sandbox| Self { sandbox, container_id: container_id.into() }))
+        Ok(sandbox.map(|sandbox| Self::of(sandbox, container_id)))
+    }
+
+    fn of(sandbox: Sandbox, container_id: &str) -> Self {
+        Self { sandbox, container_id: container_id.into(), away: Arc::default() }
     }
 
     /// Mounts the container's filesystems, with the contents of the image at `restore_from` if there is one, and rewrites the
@@ -80,7 +87,13 @@ impl Filesystems {
     pub async fn before_freeze(&self) {
         let sandbox = self.sandbox.clone();
         // A panic is logged where it happens.
-        let _ = tokio::task::spawn_blocking(move || sandbox.before_freeze()).await;
+        let away = tokio::task::spawn_blocking(move || sandbox.before_freeze()).await.ok();
+        *self.away.lock().expect("only ever replaced") = away;
+    }
+
+    /// Once it isn't frozen any more, or couldn't be.
+    pub fn after_thaw(&self) {
+        drop(self.away.lock().expect("only ever replaced").take());
     }
 
     /// Saves the container's filesystems to a directory. With `kill` the init is killed once they are saved, but stays frozen if

@@ -12,6 +12,7 @@
 //! utimensat(2) between that and the first write is lost.
 
 pub mod gate;
+pub mod unloaded;
 
 use std::fs::File;
 use std::io;
@@ -120,6 +121,17 @@ impl Loading {
             begun.capability = xattrs.into_iter().find(|xattr| xattr.name == CAPABILITY);
         }
         Ok(begun)
+    }
+
+    /// What its time of last modification was.
+    pub fn mtime(&self) -> (i64, u32) {
+        (self.mtime.0, self.mtime.1 as u32)
+    }
+
+    /// The same, but with this time of last modification, if one is known.
+    pub fn with_mtime(self, mtime: Option<(i64, u32)>) -> Self {
+        let mtime = mtime.map_or(self.mtime, |(seconds, nanoseconds)| (seconds, nanoseconds.into()));
+        Self { mtime, ..self }
     }
 
     /// After a loader has died that may have written to it: as it was saved.

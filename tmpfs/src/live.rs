@@ -42,13 +42,16 @@ pub use verify::coarse_now;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::thread::Builder;
 
 use stillframe_pgalloc::AsyncMemoryFileSave;
 
+use crate::lazy::unloaded::Unloaded;
 use crate::live::contents::Copier;
 use crate::live::model::Model;
 use crate::live::pieces::Pieces;
+use crate::live::read::Opened;
 use crate::live::watch::{Doubt, Reported, Watch};
 use crate::save::SaveTreeError;
 use crate::sys::lease::may_be_open_for_writing;
@@ -81,17 +84,20 @@ pub struct Live {
     /// Files whose contents were read under the freeze.
     settled: HashSet<u64>,
     doubt: Option<Doubt>,
+    /// Files that may not be loaded yet.
+    unloaded: Option<Arc<Unloaded>>,
 }
 
 impl Live {
-    /// Begins to watch the filesystem of `root`, a descriptor of [`crate::mount::open_view`]'s.
+    /// Begins to watch the filesystem of `root`, a descriptor of [`crate::mount::open_view`]'s. `unloaded` has files that may not
+    /// be loaded yet: they are taken from where they are loaded from.
     ///
     /// # Errors
     ///
     /// The kernel can't: no fanotify, or none that reports handles (Linux 5.9).
-    pub fn begin(root: &File) -> io::Result<Self> {
+    pub fn begin(root: &File, unloaded: Option<Unloaded>) -> io::Result<Self> {
         let root = root.try_clone()?;
-        let watch = Some(Watch::begin(&root)?);
+        let watch = Some(Watch::begin(&root, unloaded.is_some())?);
         Ok(Self {
             root,
             watch,
@@ -105,6 +111,7 @@ impl Live {
             frozen: false,
             settled: HashSet::new(),
             doubt: None,
+            unloaded: unloaded.map(Arc::new),
         })
     }
 
@@ -157,7 +164,7 @@ impl Live {
     /// Takes what was reported; whether anything was.
     fn drain(&mut self) -> bool {
         let watch = self.watch.as_mut().expect("nothing is read after the thaw");
-        match watch.drain(&mut self.reported) {
+        match watch.drain(&mut self.reported, self.unloaded.as_deref()) {
             Ok(any) => any || !self.reported.is_empty(),
             Err(doubt) => {
                 self.doubt = Some(doubt);
@@ -197,9 +204,9 @@ impl Live {
                 continue;
             }
             // While it is in use, reading it makes it a suspect again.
-            let Some(file) = self.open(inode)? else { continue };
+            let Some(Opened::File(file)) = self.open(inode)? else { continue };
             if may_be_open_for_writing(&file) {
-                self.read_file_again(inode, &file, memory)?;
+                self.read_file_again(inode, Opened::File(file), memory)?;
             }
         }
         Ok(())
@@ -227,7 +234,7 @@ mod tests {
         let save = AsyncPagesFileSave::new(pages, SaveOptions::default()).unwrap();
         let main = MemoryFile::main();
         let memory = save.register_memory_file(&main).unwrap();
-        let mut live = Live::begin(&File::open(dir.path()).unwrap()).unwrap();
+        let mut live = Live::begin(&File::open(dir.path()).unwrap(), None).unwrap();
         assert!(live.copy(&memory).unwrap());
         let copied = live.written();
 

@@ -18,6 +18,7 @@ use crate::encode::TreeWriter;
 use crate::entry::{Attributes, Kind, PathName, Xattr};
 use crate::first_names::{FirstNames, Named};
 use crate::id_map::{IdMap, Ids, OVERFLOW_ID};
+use crate::lazy::unloaded::{SaveUnloadedError, Unloaded, UnloadedError};
 use crate::private;
 use crate::scan::{Content, Object, scan};
 use crate::stat::Stat;
@@ -75,6 +76,15 @@ pub enum SaveTreeError {
         /// Path in the filesystem, or the number of its inode.
         path: PathName,
     },
+    /// A file isn't loaded, and couldn't be taken from where it is loaded from.
+    #[error("save \"/{path}\", which isn't loaded yet, out of the image that it is loaded from")]
+    Unloaded {
+        /// Path in the filesystem.
+        path: PathName,
+        /// Why.
+        #[source]
+        source: Box<UnloadedError>,
+    },
     /// The pages of a file couldn't be saved.
     #[error("save the pages of \"/{path}\"")]
     Pages {
@@ -100,18 +110,20 @@ pub fn save_tree<W: Write>(
     memory: &AsyncMemoryFileSave<'_>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Source::Memory(memory, Contents::Still), out)
+    save(root, ids, Source::Memory(memory, Contents::Still), None, out)
 }
 
 /// The same for a filesystem whose writers may be thawed meanwhile, if then all of it is thrown away: contents are
-/// copied, and not read through mappings, of which a truncation would make a trap.
+/// copied, and not read through mappings, of which a truncation would make a trap. `unloaded` has files that may not be loaded
+/// yet.
 pub fn save_moving_tree<W: Write>(
     root: &File,
     ids: &Ids,
     memory: &AsyncMemoryFileSave<'_>,
+    unloaded: Option<&Unloaded>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Source::Memory(memory, Contents::Moving), out)
+    save(root, ids, Source::Memory(memory, Contents::Moving), unloaded, out)
 }
 
 /// Saves the tree of a filesystem on a filestore, which is frozen; its extents are offsets in the filestore, whose
@@ -121,12 +133,12 @@ pub fn save_private_tree<W: Write>(
     ids: &Ids,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
-    save(root, ids, Source::Private, out)
+    save(root, ids, Source::Private, None, out)
 }
 
 /// The archive of a filesystem's tree, without extents.
 pub(crate) fn save_listing(root: &File, ids: &Ids) -> Result<Vec<u8>, SaveTreeError> {
-    Ok(save(root, ids, Source::LeftOut, Vec::new())?.0)
+    Ok(save(root, ids, Source::LeftOut, None, Vec::new())?.0)
 }
 
 /// How files' contents may be read.
@@ -153,11 +165,12 @@ fn save<W: Write>(
     root: &File,
     ids: &Ids,
     source: Source<'_>,
+    unloaded: Option<&Unloaded>,
     out: W,
 ) -> Result<(W, TreeSummary), SaveTreeError> {
     std::thread::scope(|scope| {
         let mut saver = Saver::new(ids, source, out);
-        for batch in scan(scope, root)? {
+        for batch in scan(scope, root, unloaded)? {
             for (name, Object { depth, stat, content, xattrs, .. }) in batch?.objects() {
                 saver.save(name, depth, &stat, content, xattrs)?;
             }
@@ -229,7 +242,7 @@ impl<'a, W: Write> Saver<'a, W> {
         name: &[u8],
         depth: usize,
         stat: &Stat,
-        content: Content,
+        content: Content<'_>,
         xattrs: Vec<Xattr>,
     ) -> Result<(), SaveTreeError> {
         self.summary.entries += u64::from(depth > 0);
@@ -262,6 +275,21 @@ impl<'a, W: Write> Saver<'a, W> {
             Content::Directory => Kind::Directory,
             Content::File(file) => {
                 let extents = save_pages(self.source, path, &file, stat.size)?;
+                self.summary.count(stat.size, extents)
+            }
+            Content::Unloaded(file) => {
+                let path = || PathName(path.to_vec());
+                let checked = file.check(stat.size).map_err(SaveUnloadedError::from);
+                let extents = match (self.source, checked) {
+                    (Source::Memory(memory, _), Ok(())) => file.save(memory),
+                    (_, checked) => checked.map(|()| Vec::new()),
+                };
+                let extents = extents.map_err(|error| match error {
+                    SaveUnloadedError::Unloaded(source) => {
+                        SaveTreeError::Unloaded { path: path(), source: Box::new(source) }
+                    }
+                    SaveUnloadedError::Pages(source) => SaveTreeError::Pages { path: path(), source },
+                })?;
                 self.summary.count(stat.size, extents)
             }
             Content::Saved(extents) => self.summary.count(stat.size, extents),

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use stillframe_pgalloc::PageExtent;
 
 use crate::entry::{PathName, Xattr};
+use crate::lazy::unloaded::{Unloaded, UnloadedError, UnloadedFile};
 use crate::save::SaveTreeError;
 use crate::stat::Stat;
 use crate::walk::{Listed, Met, Walk};
@@ -30,27 +31,29 @@ const QUEUE: usize = 2;
 
 /// Objects that follow each other on the walk.
 #[derive(Default)]
-pub(crate) struct Batch {
+pub(crate) struct Batch<'a> {
     names: Vec<u8>,
-    objects: Vec<Object>,
+    objects: Vec<Object<'a>>,
     bytes: usize,
 }
 
 /// One object.
-pub(crate) struct Object {
+pub(crate) struct Object<'a> {
     name: Range<usize>,
     /// Number of directories that it is in: 0 for the root.
     pub(crate) depth: usize,
     pub(crate) stat: Stat,
-    pub(crate) content: Content,
+    pub(crate) content: Content<'a>,
     pub(crate) xattrs: Vec<Xattr>,
 }
 
 /// What is in an object.
-pub(crate) enum Content {
+pub(crate) enum Content<'a> {
     Directory,
     /// The file, open for reading.
     File(Arc<File>),
+    /// A file that isn't loaded.
+    Unloaded(UnloadedFile<'a>),
     /// A file whose contents are saved already.
     Saved(Vec<PageExtent>),
     /// The target.
@@ -59,26 +62,27 @@ pub(crate) enum Content {
     Node,
 }
 
-impl Batch {
+impl<'a> Batch<'a> {
     /// The objects with their names.
-    pub(crate) fn objects(&mut self) -> impl Iterator<Item = (&[u8], Object)> {
+    pub(crate) fn objects(&mut self) -> impl Iterator<Item = (&[u8], Object<'a>)> {
         let Self { names, objects, .. } = self;
         objects.drain(..).map(|object| (&names[object.name.clone()], object))
     }
 }
 
 /// What a scan gives: batches, and at the end, if it failed, why.
-pub(crate) type Scanned = Receiver<Result<Batch, SaveTreeError>>;
+pub(crate) type Scanned<'a> = Receiver<Result<Batch<'a>, SaveTreeError>>;
 
-/// Begins to scan the filesystem whose root is `root`, open for reading.
+/// Begins to scan the filesystem whose root is `root`, open for reading; `unloaded` has files that may not be loaded yet.
 pub(crate) fn scan<'scope>(
     scope: &'scope Scope<'scope, '_>,
     root: &'scope File,
-) -> Result<Scanned, SaveTreeError> {
+    unloaded: Option<&'scope Unloaded>,
+) -> Result<Scanned<'scope>, SaveTreeError> {
     let (sender, receiver) = sync_channel(QUEUE);
     let run = move || {
         let mut batch = Batch::default();
-        let failed = scan_all(root, &mut batch, &sender).err();
+        let failed = scan_all(root, unloaded, &mut batch, &sender).err();
         // Whoever dropped the receiver wants no more.
         let _ = sender.send(Ok(batch));
         if let Some(error) = failed {
@@ -90,10 +94,11 @@ pub(crate) fn scan<'scope>(
     Ok(receiver)
 }
 
-fn scan_all(
+fn scan_all<'a>(
     root: &File,
-    batch: &mut Batch,
-    sender: &SyncSender<Result<Batch, SaveTreeError>>,
+    unloaded: Option<&'a Unloaded>,
+    batch: &mut Batch<'a>,
+    sender: &SyncSender<Result<Batch<'a>, SaveTreeError>>,
 ) -> Result<(), SaveTreeError> {
     let mut walk = Walk::new(root);
     loop {
@@ -102,7 +107,7 @@ fn scan_all(
             Some(Ok(met)) => met,
             Some(Err(source)) => return Err(failed("walk to", walk.path())(source)),
         };
-        let (stat, content, xattrs) = read(&met)?;
+        let (stat, content, xattrs) = read(&met, unloaded)?;
         let start = batch.names.len();
         batch.names.extend_from_slice(met.name);
         batch.bytes += met.name.len() + xattrs.iter().map(|xattr| xattr.value.len()).sum::<usize>();
@@ -129,7 +134,10 @@ pub(crate) fn failed(operation: &'static str, path: &[u8]) -> impl FnOnce(io::Er
     }
 }
 
-fn read(met: &Met<'_>) -> Result<(Stat, Content, Vec<Xattr>), SaveTreeError> {
+fn read<'a>(
+    met: &Met<'_>,
+    unloaded: Option<&'a Unloaded>,
+) -> Result<(Stat, Content<'a>, Vec<Xattr>), SaveTreeError> {
     let fail = |operation| failed(operation, met.path);
     if let Some(dir) = met.dir {
         let stat = Stat::of(dir).map_err(fail("stat"))?;
@@ -138,6 +146,20 @@ fn read(met: &Met<'_>) -> Result<(Stat, Content, Vec<Xattr>), SaveTreeError> {
     }
     // Opening before asking, so that what is told is told of what is read, and with one name looked up.
     if met.listed == Listed::Regular {
+        // Opening one would be to wait for it.
+        if let Some(unloaded) = unloaded {
+            let path = xattr::open_path(met.parent, met.name).map_err(fail("open"))?;
+            let mut stat = Stat::of(&path).map_err(fail("stat"))?;
+            let mut xattrs = xattr::read(&Inode::PathOnly(&path)).map_err(fail("read the xattrs of"))?;
+            let found =
+                unloaded.find(&path, &mut stat, &mut xattrs).map_err(|source| SaveTreeError::Unloaded {
+                    path: PathName(met.path.to_vec()),
+                    source: Box::new(UnloadedError::Ask(source)),
+                })?;
+            if let Some(file) = found {
+                return Ok((stat, Content::Unloaded(file), xattrs));
+            }
+        }
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let opened = rustix::fs::openat(met.parent, met.name, flags, Mode::empty());
         let file = File::from(opened.map_err(|errno| fail("open")(errno.into()))?);

@@ -177,7 +177,7 @@ impl Used {
         let save = AsyncPagesFileSave::new(pages.try_clone().unwrap(), SaveOptions::default()).unwrap();
         let main = MemoryFile::main();
         let memory = save.register_memory_file(&main).unwrap();
-        let mut saving = Live::begin(&open_view(self.filesystem.path()).unwrap()).unwrap();
+        let mut saving = Live::begin(&open_view(self.filesystem.path()).unwrap(), None).unwrap();
         assert!(saving.copy(&memory)?);
         self.act(live);
         saving.round(&memory)?;
@@ -352,7 +352,7 @@ fn a_change_that_was_not_read_is_an_error_and_no_image() {
     let save = AsyncPagesFileSave::new(tempfile::tempfile().unwrap(), SaveOptions::default()).unwrap();
     let main = MemoryFile::main();
     let memory = save.register_memory_file(&main).unwrap();
-    let mut saving = Live::begin(&open_view(used.filesystem.path()).unwrap()).unwrap();
+    let mut saving = Live::begin(&open_view(used.filesystem.path()).unwrap(), None).unwrap();
     saving.copy(&memory).unwrap();
     saving.settle(&memory).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();

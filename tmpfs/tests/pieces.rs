@@ -53,7 +53,7 @@ fn only_pieces_in_which_something_has_changed_are_made_again() {
     let main = MemoryFile::main();
     let memory = save.register_memory_file(&main).unwrap();
     let prepared = || {
-        let mut live = Live::begin(&open_view(dir).unwrap()).unwrap();
+        let mut live = Live::begin(&open_view(dir).unwrap(), None).unwrap();
         assert!(live.copy(&memory).unwrap());
         let mut made = 0;
         live.prepare(&Ids::default(), &mut |bytes| plain(bytes, &mut made));

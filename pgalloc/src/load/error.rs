@@ -96,3 +96,14 @@ pub enum LoadError {
     #[error("the main MemoryFile is loaded range by range, not as a whole")]
     MainMemoryFile,
 }
+
+impl LoadError {
+    /// What was read from `start` on isn't what was saved.
+    pub(crate) fn damaged(start: u64, source: DigestError) -> Self {
+        let offset = match source {
+            DigestError::Mismatch { offset, .. } => offset,
+            DigestError::Count { .. } | DigestError::NoChunk { .. } => start,
+        };
+        Self::Digest { offset: PagesOffset(offset), source }
+    }
+}

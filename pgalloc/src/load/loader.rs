@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::MmapMut;
 
-use crate::digest::{CHUNK_SIZE, DigestError, DigestTable};
+use crate::digest::{CHUNK_SIZE, DigestTable};
 use crate::load::BeforeRead;
 use crate::load::error::LoadError;
 use crate::load::queue::{Part, Queue, Target};
@@ -105,7 +105,14 @@ impl Loader {
                 if self.shared.queue.is_stopped() {
                     return Ok(false);
                 }
-                self.read(offset, wanted(end, next))?;
+                let wanted = wanted(end, next);
+                let ahead = self.read(offset, wanted);
+                // What is damaged may be the next file's.
+                if wanted > end && matches!(ahead, Err(LoadError::Digest { .. } | LoadError::Read { .. })) {
+                    self.read(offset, end)?;
+                } else {
+                    ahead?;
+                }
             }
             let (start, length) = self.window;
             let bytes = &self.buffer[(offset - start) as usize..length.min((end - start) as usize)];
@@ -146,13 +153,7 @@ impl Loader {
             .pages_file
             .read_exact_at(bytes, start)
             .map_err(|source| LoadError::Read { offset: PagesOffset(start), source: Arc::new(source) })?;
-        self.shared.digests.verify(start, bytes).map_err(|source| {
-            let offset = match source {
-                DigestError::Mismatch { offset, .. } => offset,
-                DigestError::Count { .. } | DigestError::NoChunk { .. } => start,
-            };
-            LoadError::Digest { offset: PagesOffset(offset), source }
-        })?;
+        self.shared.digests.verify(start, bytes).map_err(|source| LoadError::damaged(start, source))?;
         self.window = (start, bytes.len());
         Ok(())
     }

@@ -14,6 +14,7 @@ use stillframe_tmpfs::save::SaveTreeError;
 use crate::checkpoint::phase::Phase;
 use crate::freezer::FreezeError;
 use crate::image::ImageError;
+use crate::lazy::LazyError;
 use crate::spec::NAME_ANNOTATION;
 use crate::state::StateError;
 
@@ -120,6 +121,15 @@ pub enum CheckpointCause {
         /// Why.
         #[source]
         source: MountError,
+    },
+    /// A filesystem isn't loaded yet, and what it is loaded from can't be found.
+    #[error("find what the files of {id} are loaded from that aren't loaded yet")]
+    Unloaded {
+        /// Its ResourceID.
+        id: ResourceId,
+        /// Why.
+        #[source]
+        source: LazyError,
     },
     /// A filesystem couldn't be saved.
     #[error("save the filesystem {id}")]

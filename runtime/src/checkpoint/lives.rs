@@ -62,7 +62,8 @@ impl Lives {
             if selected.record.filestore.is_some() {
                 continue;
             }
-            match Live::begin(view) {
+            let unloaded = selected.unloaded()?;
+            match Live::begin(view, unloaded) {
                 Ok(begun) => *live = Some(begun),
                 Err(error) => {
                     tracing::warn!(%error, "changes can't be watched: everything is copied under the freeze");

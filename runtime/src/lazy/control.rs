@@ -16,8 +16,8 @@ use super::files::SOCKET;
 use super::{LazyError, at};
 use crate::state::InitRecord;
 
-/// How long a loader may take to stop.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a loader may take to stop, or to load what it is loading.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a loader is asked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,7 +25,8 @@ pub(crate) enum Request {
     /// Load the small files in the memory cgroup of this process, and begin with the others; answer when the small ones
     /// are there, or with `all` when all are.
     Join { init: InitRecord, all: bool },
-    /// Leave the container's cgroup, so that it can be frozen: memory is no longer charged to it.
+    /// Leave the container's cgroup, so that it can be frozen: memory is no longer charged to it. Answered once those who wait
+    /// for a file now have it; come back when the connection is closed and nothing is frozen any more.
     Leave,
     /// Let nobody in any more, and end.
     Stop,
@@ -40,15 +41,20 @@ pub(crate) enum Reply {
 
 /// Asks, and waits for the answer.
 pub(crate) fn ask(directory: &Path, request: &Request) -> Result<Reply, LazyError> {
+    converse(directory, request).map(|(reply, _)| reply)
+}
+
+/// The same, and stays connected.
+pub(crate) fn converse(directory: &Path, request: &Request) -> Result<(Reply, UnixStream), LazyError> {
     let failed = at("ask the loader at", directory);
     let (_open, path) = address(directory).map_err(&failed)?;
     let mut stream = UnixStream::connect(path).map_err(&failed)?;
-    // A loader that waits for a disk is killed then.
-    let patience = matches!(request, Request::Stop).then_some(STOP_TIMEOUT);
+    // A loader that waits for a disk is killed then, or left to itself.
+    let patience = matches!(request, Request::Stop | Request::Leave).then_some(PATIENCE);
     stream.set_read_timeout(patience).map_err(&failed)?;
     send(&mut stream, request).map_err(&failed)?;
     match receive(&stream).map_err(&failed)? {
-        Some(reply) => Ok(reply),
+        Some(reply) => Ok((reply, stream)),
         None => Err(LazyError::Gone { directory: directory.to_owned() }),
     }
 }

@@ -11,7 +11,9 @@
 //! | `load.errors` | a line for each file that couldn't be loaded |
 //!
 //! `load.progress`: eight numbers of 64 bits, little-endian: phase, files, bytes, files loaded, bytes loaded, files failed, files that
-//! are waited for, 0; then a byte for each large file of the list: 0 pending, 1 loaded, 2 failed, 3 being loaded. Only the loader writes it.
+//! are waited for, large files in the list; then a byte for each of those: 0 pending, 1 loaded, 2 failed, 3 being loaded; then 16 bytes
+//! for each, which are zero but for those that are written to: their time of last modification before (seconds, nanoseconds + 1). Only the
+//! loader writes it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -119,6 +121,7 @@ pub(crate) fn prepare(directory: &Path, list: &PendingList, meta: &PagesMeta) ->
     let header = Header {
         files: all().count() as u64,
         bytes: all().map(PendingFile::bytes).sum(),
+        large: list.large.len() as u64,
         ..Header::default()
     };
     let mut progress = header.encode().to_vec();
@@ -185,6 +188,8 @@ pub(crate) fn kill_processes(directory: &Path) -> Result<(), LazyError> {
 }
 
 const HEADER: usize = 64;
+/// Bytes of a time.
+const MTIME: u64 = 16;
 pub(crate) const PENDING: u8 = 0;
 pub(crate) const LOADED: u8 = 1;
 pub(crate) const FAILED: u8 = 2;
@@ -200,12 +205,14 @@ pub(crate) struct Header {
     pub(crate) loaded_bytes: u64,
     pub(crate) failed_files: u64,
     pub(crate) waiting_files: u64,
+    pub(crate) large: u64,
 }
 
 impl Header {
     fn encode(&self) -> [u8; HEADER] {
-        let Self { phase, files, bytes, loaded_files, loaded_bytes, failed_files, waiting_files } = *self;
-        let numbers = [phase, files, bytes, loaded_files, loaded_bytes, failed_files, waiting_files];
+        let Self { phase, files, bytes, loaded_files, loaded_bytes, failed_files, waiting_files, large } =
+            *self;
+        let numbers = [phase, files, bytes, loaded_files, loaded_bytes, failed_files, waiting_files, large];
         let mut encoded = [0; HEADER];
         for (field, number) in encoded.chunks_exact_mut(8).zip(numbers) {
             field.copy_from_slice(&number.to_le_bytes());
@@ -225,6 +232,7 @@ impl Header {
             loaded_bytes: next(),
             failed_files: next(),
             waiting_files: next(),
+            large: next(),
         }
     }
 
@@ -238,18 +246,20 @@ impl Header {
 
 /// `load.progress`.
 #[derive(Debug)]
-pub(crate) struct Progress<'a> {
+pub(crate) struct Progress {
     file: File,
-    directory: &'a Path,
+    directory: PathBuf,
 }
 
-impl<'a> Progress<'a> {
+impl Progress {
     /// Opens it; `None` where there is none.
-    pub(crate) fn open(directory: &'a Path) -> Result<Option<Self>, LazyError> {
+    pub(crate) fn open(directory: &Path) -> Result<Option<Self>, LazyError> {
         let path = directory.join(PROGRESS);
         match OpenOptions::new().read(true).write(true).open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            other => Ok(Some(Self { file: other.map_err(at("open", &path))?, directory })),
+            other => {
+                Ok(Some(Self { file: other.map_err(at("open", &path))?, directory: directory.to_owned() }))
+            }
         }
     }
 
@@ -266,9 +276,40 @@ impl<'a> Progress<'a> {
     /// States of the large files.
     pub(crate) fn states(&self) -> io::Result<Vec<u8>> {
         let length = self.file.metadata()?.len().saturating_sub(HEADER as u64);
-        let mut states = vec![0; length as usize];
+        let mut states = vec![0; length.min(self.header()?.large) as usize];
         self.file.read_exact_at(&mut states, HEADER as u64)?;
         Ok(states)
+    }
+
+    /// State of a large file.
+    pub(crate) fn state(&self, index: usize) -> io::Result<u8> {
+        let mut state = [0];
+        self.file.read_exact_at(&mut state, (HEADER + index) as u64)?;
+        Ok(state[0])
+    }
+
+    /// What a large file's time of last modification was before it was written to, if it was.
+    pub(crate) fn mtime(&self, index: usize) -> io::Result<Option<(i64, u32)>> {
+        let mut encoded = [0; MTIME as usize];
+        match self.file.read_exact_at(&mut encoded, self.mtime_at(index)?) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            other => other?,
+        }
+        let (seconds, nanoseconds) = encoded.split_at(8);
+        let seconds = i64::from_le_bytes(seconds.try_into().expect("eight bytes"));
+        let nanoseconds = u64::from_le_bytes(nanoseconds.try_into().expect("eight bytes"));
+        Ok(nanoseconds.checked_sub(1).map(|nanoseconds| (seconds, nanoseconds as u32)))
+    }
+
+    pub(crate) fn put_mtime(&self, index: usize, (seconds, nanoseconds): (i64, u32)) -> io::Result<()> {
+        let mut encoded = [0; MTIME as usize];
+        encoded[..8].copy_from_slice(&seconds.to_le_bytes());
+        encoded[8..].copy_from_slice(&(u64::from(nanoseconds) + 1).to_le_bytes());
+        self.file.write_all_at(&encoded, self.mtime_at(index)?)
+    }
+
+    fn mtime_at(&self, index: usize) -> io::Result<u64> {
+        Ok(HEADER as u64 + self.header()?.large + index as u64 * MTIME)
     }
 
     pub(crate) fn put_state(&self, index: usize, state: u8) -> io::Result<()> {

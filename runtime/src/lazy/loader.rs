@@ -15,6 +15,7 @@
 //! Lock order: `keeper`, then `state`.
 
 mod at_gate;
+mod away;
 mod feed;
 mod main_thread;
 
@@ -37,6 +38,7 @@ use super::files::{self, FAILED, Header, LOADED, LOADING, Progress};
 use super::schedule::Schedule;
 use super::{LazyError, LoadPhase, at};
 use crate::cli::chain;
+use away::Away;
 use main_thread::Main;
 
 /// Third argument of the process.
@@ -61,6 +63,8 @@ struct State {
     /// What is to be told once the small files are loaded, or with `true` once all are.
     joined: Option<(Option<UnixStream>, bool)>,
     stopping: bool,
+    /// Whether main is to be told when a file is settled.
+    awaited: bool,
     /// Files whose interrupted loading is begun again.
     interrupted: Vec<bool>,
 }
@@ -74,7 +78,7 @@ struct Loader {
     state: Mutex<State>,
     changed: Condvar,
     keeper: Mutex<Keeper>,
-    progress: Progress<'static>,
+    progress: Progress,
     errors: AtomicU64,
     /// Written to when main has to look.
     wake: Mutex<UnixStream>,
@@ -93,8 +97,6 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
     let signals = Gate::watch().map_err(&failed)?;
     let gone = || LazyError::Gone { directory: directory.to_owned() };
     let record = files::processes(directory)?.ok_or_else(gone)?;
-    // For as long as the process lives; the path is a literal for whoever reads its progress.
-    let directory: &'static Path = Box::leak(directory.to_owned().into_boxed_path());
     let progress = Progress::open(directory)?.ok_or_else(gone)?;
     let list = files::list(directory)?;
     let meta = files::meta(directory)?;
@@ -147,6 +149,7 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
             ahead: 0,
             joined: None,
             stopping: false,
+            awaited: false,
             interrupted: states.iter().map(|state| *state == LOADING).collect(),
         }),
         changed: Condvar::new(),
@@ -174,6 +177,7 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
         lock,
         channel: Some(channel),
         init: None,
+        away: Away::default(),
     };
     main.run().map_err(&failed)
 }

@@ -19,6 +19,8 @@ pub struct Pod {
     pub namespace: String,
     pub sandbox: Sandbox,
     pub dir: tempfile::TempDir,
+    /// Whether containers are in cgroups of v2 even where there is a v1 freezer.
+    pub unified: bool,
     /// When restored files are loaded.
     pub load: Load,
     pub containers: Vec<&'static str>,
@@ -34,7 +36,15 @@ impl Pod {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let config = Config { filestore_dir: dir.path().join("filestore"), ..Config::default() };
         let sandbox = Sandbox::new(&namespace, "s").unwrap().with_config(config);
-        Self { namespace, sandbox, dir, load: Load::InPrepare, containers: Vec::new(), processes: Vec::new() }
+        Self {
+            namespace,
+            sandbox,
+            dir,
+            unified: false,
+            load: Load::InPrepare,
+            containers: Vec::new(),
+            processes: Vec::new(),
+        }
     }
 
     /// Makes a bundle of members of config.json, and prepares the container.
@@ -79,7 +89,7 @@ impl Pod {
         let v1 = Path::new("/sys/fs/cgroup/freezer");
         let v2 = [Path::new("/sys/fs/cgroup/unified"), Path::new("/sys/fs/cgroup")];
         let v2 = v2.into_iter().find(|path| path.join("cgroup.subtree_control").exists());
-        let root = if v1.is_dir() { v1 } else { v2.expect("a cgroup hierarchy") };
+        let root = if v1.is_dir() && !self.unified { v1 } else { v2.expect("a cgroup hierarchy") };
         let cgroup = root.join(format!("{}-{id}", self.namespace));
         fs::create_dir(&cgroup).unwrap();
         let child = command.stdin(Stdio::null()).spawn().unwrap();

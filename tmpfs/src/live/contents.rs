@@ -13,6 +13,8 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use stillframe_pgalloc::{AsyncMemoryFileSave, PAGE_SIZE, PageExtent, PagesOffset, SaveError, digest_chunks};
 
+use crate::lazy::unloaded::{UnloadedError, UnloadedFile};
+
 /// Bytes that are read at once.
 const CHUNK: u64 = 1 << 20;
 /// A file of up to so many bytes is read without asking where it has data.
@@ -34,8 +36,19 @@ pub(crate) struct Contents {
 pub(crate) enum CopyError {
     /// It can't be read.
     Read(io::Error),
+    /// It isn't loaded, and what it is to be can't be read.
+    Unloaded(UnloadedError),
     /// The pages file can't be written.
     Pages(SaveError),
+}
+
+/// What a copy is made of.
+#[derive(Clone, Copy)]
+pub(crate) enum Original<'a> {
+    /// The file, open for reading.
+    File(&'a File),
+    /// The file as it will be.
+    Unloaded(UnloadedFile<'a>),
 }
 
 impl Contents {
@@ -79,10 +92,10 @@ pub(crate) struct Copier {
 }
 
 impl Copier {
-    /// Copies the first `size` bytes of `file`, of which `old` was copied before. What isn't there any more is a hole.
+    /// Copies the first `size` bytes of `original`, of which `old` was copied before. What isn't there any more is a hole.
     pub(crate) fn copy(
         &mut self,
-        file: &File,
+        original: Original<'_>,
         size: u64,
         old: &Contents,
         memory: &AsyncMemoryFileSave<'_>,
@@ -91,12 +104,12 @@ impl Copier {
         let mut before = old.pages().peekable();
         let mut position = 0;
         while position < size {
-            let run = if size <= SMALL { Some(0..size) } else { data(file, position, size)? };
+            let run = if size <= SMALL { Some(0..size) } else { original.data(position, size)? };
             let Some(run) = run else { break };
             let mut start = run.start;
             while start < run.end {
                 let end = run.end.min(start + CHUNK);
-                let there = self.read(file, start, end)?;
+                let there = self.read(original, start, end)?;
                 self.take(start, there.min(size), &mut before, &mut new, memory)?;
                 start = end;
             }
@@ -119,9 +132,17 @@ impl Copier {
     }
 
     /// Reads from `start`, a page's, to `end`, and fills up with zeros to the end of a page. Where the file ends now.
-    fn read(&mut self, file: &File, start: u64, end: u64) -> Result<u64, CopyError> {
+    fn read(&mut self, original: Original<'_>, start: u64, end: u64) -> Result<u64, CopyError> {
         self.buffer.resize(CHUNK as usize, 0);
         let length = (end - start) as usize;
+        let file = match original {
+            Original::File(file) => file,
+            Original::Unloaded(file) => {
+                file.read(start, &mut self.buffer[..length]).map_err(CopyError::Unloaded)?;
+                self.buffer[length..length.next_multiple_of(PAGE_SIZE as usize)].fill(0);
+                return Ok(end);
+            }
+        };
         let mut filled = 0;
         while filled < length {
             match file.read_at(&mut self.buffer[filled..length], start + filled as u64) {
@@ -199,7 +220,16 @@ fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(64).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
-/// The first run of data at or behind `position`, in whole pages but for the file's last.
+impl Original<'_> {
+    /// The first run of data at or behind `position`, in whole pages but for the file's last.
+    fn data(&self, position: u64, size: u64) -> Result<Option<Range<u64>>, CopyError> {
+        match self {
+            Self::File(file) => data(file, position, size),
+            Self::Unloaded(file) => Ok(file.data(position).map(|(start, end)| start..end)),
+        }
+    }
+}
+
 fn data(file: &File, position: u64, size: u64) -> Result<Option<Range<u64>>, CopyError> {
     let seek = |from| match rustix::fs::seek(file, from) {
         Ok(found) => Ok(Some(found)),
@@ -281,7 +311,7 @@ mod tests {
                     }
                 }
                 let size = file.metadata().unwrap().len();
-                contents = copier.copy(&file, size, &contents, &memory).unwrap();
+                contents = copier.copy(Original::File(&file), size, &contents, &memory).unwrap();
             }
             let length = pages.finish().unwrap().length;
             let size = file.metadata().unwrap().len();
@@ -308,10 +338,10 @@ mod tests {
         let main = MemoryFile::main();
         let memory = pages.register_memory_file(&main).unwrap();
         let mut copier = Copier::default();
-        let first = copier.copy(&file, 4 << 20, &Contents::default(), &memory).unwrap();
+        let first = copier.copy(Original::File(&file), 4 << 20, &Contents::default(), &memory).unwrap();
         assert_eq!((first.extents.len(), copier.written), (1, 4 << 20));
         file.write_all_at(&[2], 2 << 20).unwrap();
-        let second = copier.copy(&file, 4 << 20, &first, &memory).unwrap();
+        let second = copier.copy(Original::File(&file), 4 << 20, &first, &memory).unwrap();
         assert_eq!((second.extents.len(), copier.written), (3, (4 << 20) + PAGE_SIZE));
         assert_eq!(copier.superseded.first(), Some(&(2 << 20..(2 << 20) + PAGE_SIZE)));
         assert_eq!(copier.superseded.len(), 1);

@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use stillframe_pgalloc::AsyncMemoryFileSave;
 
 use crate::entry::{PathName, Xattr};
-use crate::live::contents::{Contents, CopyError};
+use crate::lazy::unloaded::UnloadedError;
+use crate::live::contents::{Contents, CopyError, Original};
 use crate::live::model::{Body, Child, Model, Node};
 use crate::live::{DRAIN, Live, MOST, TRIES};
 use crate::save::SaveTreeError;
@@ -21,6 +22,14 @@ use crate::sys::handle::FileHandle;
 use crate::sys::lease::may_be_open_for_writing;
 use crate::walk::{Listed, Walk};
 use crate::xattr::{self, Inode};
+
+/// A regular file that is to be read.
+pub(super) enum Opened {
+    /// Open for reading.
+    File(File),
+    /// With O_PATH: it may not be loaded, and opening it would be to wait for it.
+    Path(File),
+}
 
 impl Live {
     /// Reads everything; what was read before only saves writing.
@@ -136,7 +145,7 @@ impl Live {
         let is_file = matches!(self.model.nodes[&inode].body, Body::File(_));
         if data && is_file {
             if let Some(file) = self.open(inode)? {
-                self.read_file_again(inode, &file, memory)?;
+                self.read_file_again(inode, file, memory)?;
             }
             return Ok(());
         }
@@ -149,8 +158,15 @@ impl Live {
             }
             Err(source) => return Err(self.failed("open", inode, source)),
         };
-        let (stat, xattrs) =
+        let (mut stat, mut xattrs) =
             attributes(&file, true).map_err(|(what, source)| self.failed(what, inode, source))?;
+        if let Some(unloaded) = &self.unloaded {
+            let handle = self.model.nodes[&inode].handle;
+            let found = unloaded.find_handle(&handle, &mut stat, &mut xattrs);
+            found.map_err(|source| {
+                ReadError::Unloaded(UnloadedError::Ask(source)).at(&self.model.path(inode))
+            })?;
+        }
         let node = self.model.nodes.get_mut(&inode).expect("looked at above");
         (node.stat, node.xattrs) = (stat, xattrs);
         self.alter(inode);
@@ -160,7 +176,7 @@ impl Live {
     pub(super) fn read_file_again(
         &mut self,
         inode: u64,
-        file: &File,
+        file: Opened,
         memory: &AsyncMemoryFileSave<'_>,
     ) -> Result<(), SaveTreeError> {
         let node = self.model.nodes.get_mut(&inode).expect("a file that is known is read again");
@@ -175,12 +191,20 @@ impl Live {
     }
 
     /// Opens a file that is known for reading; `None` if it is gone.
-    pub(super) fn open(&mut self, inode: u64) -> Result<Option<File>, SaveTreeError> {
+    pub(super) fn open(&mut self, inode: u64) -> Result<Option<Opened>, SaveTreeError> {
         let Some(Node { handle, body: Body::File(_), .. }) = self.model.nodes.get(&inode) else {
             return Ok(None);
         };
-        match handle.open(self.root.as_fd(), OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK) {
-            Ok(file) => Ok(Some(file)),
+        let is_loaded = match &self.unloaded {
+            Some(unloaded) => unloaded.is_loaded(handle).map_err(|source| {
+                ReadError::Unloaded(UnloadedError::Ask(source)).at(&self.model.path(inode))
+            })?,
+            None => true,
+        };
+        let flags = if is_loaded { READ } else { OFlags::PATH };
+        match handle.open(self.root.as_fd(), flags | OFlags::NOFOLLOW) {
+            Ok(file) if is_loaded => Ok(Some(Opened::File(file))),
+            Ok(path) => Ok(Some(Opened::Path(path))),
             Err(error) if has_vanished(&error) => {
                 self.gone.insert(inode);
                 Ok(None)
@@ -207,13 +231,13 @@ impl Live {
         old: &mut Model,
         memory: &AsyncMemoryFileSave<'_>,
     ) -> Result<Option<u64>, ReadError> {
-        let kind = if regular { OFlags::RDONLY | OFlags::NONBLOCK } else { OFlags::PATH };
+        let kind = if regular && self.unloaded.is_none() { READ } else { OFlags::PATH };
         let flags = kind | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match rustix::fs::openat(parent, name, flags, Mode::empty()) {
             Ok(file) => File::from(file),
             Err(errno) => return self.vanished("open", errno.into()).map(|()| None),
         };
-        let (mut stat, mut xattrs) = attributes(&file, !regular)?;
+        let (mut stat, mut xattrs) = attributes(&file, kind == OFlags::PATH)?;
         // Since it was listed something else has got its name, which is reported.
         let is_regular = stat.format() == libc::S_IFREG;
         if regular != is_regular || stat.format() == libc::S_IFDIR {
@@ -231,7 +255,18 @@ impl Live {
                     Body::File(contents) => Some(contents),
                     _ => None,
                 });
-                let read = self.read_file(&file, &known.unwrap_or_default(), memory)?;
+                let unloaded = self.unloaded.as_ref();
+                let file = if unloaded.is_some_and(|unloaded| unloaded.knows(&handle)) {
+                    Opened::Path(file)
+                } else if unloaded.is_some() {
+                    match handle.open(self.root.as_fd(), READ | OFlags::NOFOLLOW) {
+                        Ok(file) => Opened::File(file),
+                        Err(error) => return self.vanished("open", error).map(|()| None),
+                    }
+                } else {
+                    Opened::File(file)
+                };
+                let read = self.read_file(file, &known.unwrap_or_default(), memory)?;
                 (stat, xattrs) = (read.0, read.1);
                 Body::File(read.2)
             }
@@ -248,20 +283,29 @@ impl Live {
     /// Reads a regular file, of which `old` was copied before.
     fn read_file(
         &mut self,
-        file: &File,
+        file: Opened,
         old: &Contents,
         memory: &AsyncMemoryFileSave<'_>,
     ) -> Result<(Stat, Vec<Xattr>, Contents), ReadError> {
+        let file = match file {
+            Opened::File(file) => file,
+            Opened::Path(path) => match self.read_unloaded(&path, old, memory)? {
+                Some(read) => return Ok(read),
+                None => {
+                    let handle = FileHandle::of(path.as_fd());
+                    let opened = handle.and_then(|handle| handle.open(self.root.as_fd(), READ));
+                    opened.map_err(|source| ReadError::Call("open", source))?
+                }
+            },
+        };
+        let file = &file;
         // Asked before it is read: who opens it from here on is reported.
         let suspect = !self.frozen && may_be_open_for_writing(file);
         let mut contents = None;
         for _ in 0..TRIES {
             let (stat, xattrs) = attributes(file, false)?;
-            let copied = self.copier.copy(file, stat.size, contents.as_ref().unwrap_or(old), memory);
-            let copied = copied.map_err(|error| match error {
-                CopyError::Read(source) => ReadError::Call("read", source),
-                CopyError::Pages(source) => ReadError::Pages(source),
-            })?;
+            let original = Original::File(file);
+            let copied = self.copier.copy(original, stat.size, contents.as_ref().unwrap_or(old), memory)?;
             let now = Stat::of(file).map_err(|source| ReadError::Call("stat", source))?;
             // While it is in use that tells nothing: what happens after this is reported.
             if !self.frozen || (now.ctime, now.size) == (stat.ctime, stat.size) {
@@ -275,6 +319,26 @@ impl Live {
             contents = Some(copied);
         }
         Err(ReadError::Changed)
+    }
+
+    /// Reads a file out of what it is loaded from; `None` if it is loaded.
+    fn read_unloaded(
+        &mut self,
+        path: &File,
+        old: &Contents,
+        memory: &AsyncMemoryFileSave<'_>,
+    ) -> Result<Option<(Stat, Vec<Xattr>, Contents)>, ReadError> {
+        let Some(unloaded) = self.unloaded.clone() else { return Ok(None) };
+        let (mut stat, mut xattrs) = attributes(path, true)?;
+        let found = unloaded.find(path, &mut stat, &mut xattrs);
+        let found = found.map_err(|source| ReadError::Unloaded(UnloadedError::Ask(source)))?;
+        let Some(file) = found else { return Ok(None) };
+        file.check(stat.size).map_err(ReadError::Unloaded)?;
+        let copied = self.copier.copy(Original::Unloaded(file), stat.size, old, memory)?;
+        if self.frozen {
+            self.settled.insert(stat.inode);
+        }
+        Ok(Some((stat, xattrs, copied)))
     }
 
     /// What a name that can't be used means: something has changed, which is reported, if anybody can change anything.
@@ -294,6 +358,7 @@ impl Live {
 /// Why an object couldn't be read, before it is known which.
 enum ReadError {
     Call(&'static str, io::Error),
+    Unloaded(UnloadedError),
     Pages(stillframe_pgalloc::SaveError),
     Changed,
 }
@@ -303,6 +368,7 @@ impl ReadError {
         let path = PathName(path.to_vec());
         match self {
             Self::Call(operation, source) => SaveTreeError::Object { operation, path, source },
+            Self::Unloaded(source) => SaveTreeError::Unloaded { path, source: Box::new(source) },
             Self::Pages(source) => SaveTreeError::Pages { path, source },
             Self::Changed => SaveTreeError::Changed { path },
         }
@@ -314,6 +380,19 @@ impl From<(&'static str, io::Error)> for ReadError {
         Self::Call(operation, source)
     }
 }
+
+impl From<CopyError> for ReadError {
+    fn from(error: CopyError) -> Self {
+        match error {
+            CopyError::Read(source) => Self::Call("read", source),
+            CopyError::Unloaded(source) => Self::Unloaded(source),
+            CopyError::Pages(source) => Self::Pages(source),
+        }
+    }
+}
+
+/// How files are opened to be read.
+const READ: OFlags = OFlags::RDONLY.union(OFlags::NONBLOCK);
 
 /// What a call fails with on a name or an inode that was there and is gone, or is something else now.
 fn has_vanished(error: &io::Error) -> bool {

@@ -106,10 +106,17 @@ impl Live {
         let mut compare = |inode: u64, now: Option<Stat>| {
             // What is gone now was as it was read; names say whether it was still there.
             let (Some(node), Some(now)) = (nodes.get(&inode), now) else { return };
+            let unloaded = self.unloaded.as_ref().filter(|unloaded| unloaded.knows(&node.handle));
+            // What its loading does to its attributes doesn't count, and is put back.
+            if unloaded.is_some_and(|unloaded| !unloaded.is_loaded(&node.handle).unwrap_or(false)) {
+                return;
+            }
             match compare(&node.stat, &now, thaw) {
                 Now::Same(stat) if stat == node.stat => {}
                 Now::Same(stat) => looked.changed.push((inode, stat)),
                 Now::Changed => {}
+                // It was loaded in between.
+                Now::Missed if unloaded.is_some() => {}
                 Now::Missed => looked.missed = Some(inode),
             }
         };

@@ -11,10 +11,12 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::thread::Builder;
 
 use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
 use rustix::io::Errno;
 
+use crate::lazy::unloaded::Unloaded;
 use crate::sys::handle::FileHandle;
 
 /// Bytes of events that are read at once.
@@ -64,17 +66,23 @@ impl Reported {
 }
 
 /// Watches one filesystem until it is dropped.
+///
+/// The kernel closes the group only when everybody has been answered who waits to open a file and came while this mark was there
+/// (`user_waits` in `fsnotify_destroy_group`): where files are behind a gate, that takes until they are loaded. So it is closed by a
+/// thread that nobody waits for.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    group: Fanotify,
+    /// `None` only when it is dropped.
+    group: Option<Fanotify>,
+    gated: bool,
     buffer: Vec<u8>,
     /// This process, whose own opens aren't reported.
     me: i32,
 }
 
 impl Watch {
-    /// Begins to watch the filesystem of `root`.
-    pub(crate) fn begin(root: &File) -> io::Result<Self> {
+    /// Begins to watch the filesystem of `root`; `gated` if somebody may wait to open a file there.
+    pub(crate) fn begin(root: &File, gated: bool) -> io::Result<Self> {
         let flags = InitFlags::FAN_CLASS_NOTIF
             | InitFlags::FAN_CLOEXEC
             | InitFlags::FAN_NONBLOCK
@@ -84,14 +92,21 @@ impl Watch {
         let mark = MarkFlags::FAN_MARK_ADD | MarkFlags::FAN_MARK_FILESYSTEM;
         let mask = NAMES | DATA | MaskFlags::FAN_ATTRIB | MaskFlags::FAN_OPEN | MaskFlags::FAN_ONDIR;
         group.mark(mark, mask, root, Some("."))?;
-        Ok(Self { group, buffer: vec![0; BUFFER], me: std::process::id().cast_signed() })
+        let group = Some(group);
+        Ok(Self { group, gated, buffer: vec![0; BUFFER], me: std::process::id().cast_signed() })
     }
 
-    /// Adds what happened since the last call to `reported`; whether anything did.
-    pub(crate) fn drain(&mut self, reported: &mut Reported) -> Result<bool, Doubt> {
+    /// Adds what happened since the last call to `reported`; whether anything did. What is written to files of `unloaded` by those
+    /// who load them doesn't count.
+    pub(crate) fn drain(
+        &mut self,
+        reported: &mut Reported,
+        unloaded: Option<&Unloaded>,
+    ) -> Result<bool, Doubt> {
+        let group = self.group.as_ref().expect("it is there until it is dropped");
         let mut any = false;
         loop {
-            let read = match rustix::io::read(&self.group, &mut self.buffer[..]) {
+            let read = match rustix::io::read(group, &mut self.buffer[..]) {
                 Ok(read) => read,
                 Err(Errno::AGAIN) => return Ok(any),
                 Err(Errno::INTR) => continue,
@@ -101,9 +116,20 @@ impl Watch {
             while !events.is_empty() {
                 let length = number(events, 0).map_or(0, u32::from_ne_bytes) as usize;
                 let event = events.get(..length).filter(|event| event.len() >= METADATA);
-                any |= take(event.ok_or(Doubt::Nameless)?, self.me, reported)?;
+                any |= take(event.ok_or(Doubt::Nameless)?, self.me, unloaded, reported)?;
                 events = &events[length..];
             }
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(group) = self.group.take()
+            && self.gated
+        {
+            // Without a thread it is waited for.
+            let _ = Builder::new().name("unwatch".into()).spawn(move || drop(group));
         }
     }
 }
@@ -113,12 +139,12 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 }
 
 /// Takes one event; whether it counts.
-fn take(event: &[u8], me: i32, reported: &mut Reported) -> Result<bool, Doubt> {
+fn take(event: &[u8], me: i32, unloaded: Option<&Unloaded>, reported: &mut Reported) -> Result<bool, Doubt> {
     let metadata = number(event, 6).map(u16::from_ne_bytes);
     let mask = number(event, 8).map(u64::from_ne_bytes);
     let pid = number(event, 20).map(i32::from_ne_bytes);
     let (Some(metadata), Some(mask), Some(pid)) = (metadata, mask, pid) else { return Err(Doubt::Nameless) };
-    let mask = MaskFlags::from_bits_retain(mask);
+    let mut mask = MaskFlags::from_bits_retain(mask);
     if mask.intersects(MaskFlags::FAN_Q_OVERFLOW) {
         return Err(Doubt::Overflow);
     }
@@ -131,6 +157,13 @@ fn take(event: &[u8], me: i32, reported: &mut Reported) -> Result<bool, Doubt> {
     let is_handle = info.first() == Some(&libc::FAN_EVENT_INFO_TYPE_FID);
     let handle = info.get(INFO..).filter(|_| is_handle).and_then(FileHandle::from_kernel);
     let handle = handle.ok_or(Doubt::Nameless)?;
+    if let Some(unloaded) = unloaded
+        && mask.intersects(DATA | MaskFlags::FAN_OPEN)
+        && unloaded.knows(&handle)
+        && unloaded.is_loader(pid)
+    {
+        mask.remove(DATA | MaskFlags::FAN_OPEN);
+    }
     for (of, into) in [
         (NAMES, &mut reported.directories),
         (DATA, &mut reported.data),
@@ -141,7 +174,7 @@ fn take(event: &[u8], me: i32, reported: &mut Reported) -> Result<bool, Doubt> {
             into.insert(handle);
         }
     }
-    Ok(true)
+    Ok(!mask.is_empty())
 }
 
 #[cfg(test)]
@@ -161,16 +194,16 @@ mod tests {
         }
         let handle = |name: &str| FileHandle::of(File::open(path(name)).unwrap().as_fd()).unwrap();
         let [root, written, opened, mode] = [".", "written", "opened", "mode"].map(handle);
-        let mut watch = Watch::begin(&File::open(dir.path()).unwrap()).unwrap();
+        let mut watch = Watch::begin(&File::open(dir.path()).unwrap(), false).unwrap();
         let mut own = Reported::default();
         File::open(path("mode")).unwrap();
-        watch.drain(&mut own).unwrap();
+        watch.drain(&mut own, None).unwrap();
         assert!(!own.opened.contains(&mode), "this process's own");
 
         let script = "printf y >> written; read x < opened; chmod 0600 mode; mkdir made; rmdir made";
         assert!(Command::new("sh").current_dir(dir.path()).args(["-c", script]).status().unwrap().success());
         let mut reported = Reported::default();
-        assert!(watch.drain(&mut reported).unwrap());
+        assert!(watch.drain(&mut reported, None).unwrap());
         let Reported { directories, data, attributes, opened: open } = &reported;
         // Other tests change other files of this filesystem.
         assert!(directories.contains(&root));
@@ -190,12 +223,12 @@ mod tests {
             event
         };
         let overflow = event(libc::FAN_Q_OVERFLOW, &[]);
-        assert!(matches!(take(&overflow, 1, &mut reported), Err(Doubt::Overflow)));
+        assert!(matches!(take(&overflow, 1, None, &mut reported), Err(Doubt::Overflow)));
         for rest in
             [&[][..], &[1; 12], &[1, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 200, 0, 0, 0, 1, 0, 0, 0], &[9; 30]]
         {
             let nameless = event(libc::FAN_MODIFY, rest);
-            assert!(matches!(take(&nameless, 1, &mut reported), Err(Doubt::Nameless)), "{rest:?}");
+            assert!(matches!(take(&nameless, 1, None, &mut reported), Err(Doubt::Nameless)), "{rest:?}");
         }
     }
 }

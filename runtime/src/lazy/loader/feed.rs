@@ -186,8 +186,13 @@ impl Loader {
         let settle = Settle { loader: self.clone(), index, urgent, loaded: Arc::new(AtomicBool::new(false)) };
         let begun = match (self.quiet, interrupted) {
             (true, _) => Ok(None),
-            (false, true) => Ok(Some(Loading::again(pending))),
-            (false, false) => Loading::begin(pending, &file).map(Some),
+            (false, true) => {
+                let mtime = self.progress.mtime(index).ok().flatten();
+                Ok(Some(Loading::again(pending).with_mtime(mtime)))
+            }
+            // Also for who saves it meanwhile.
+            (false, false) => Loading::begin(pending, &file)
+                .and_then(|begun| self.progress.put_mtime(index, begun.mtime()).map(|()| Some(begun))),
         };
         let begun = match begun {
             Ok(begun) => begun,
@@ -254,7 +259,11 @@ impl Settle {
             loader.note(index, FAILED);
         }
         loader.put_header(&state);
+        let awaited = state.awaited;
         drop(state);
         loader.changed.notify_all();
+        if awaited {
+            loader.wake_main();
+        }
     }
 }

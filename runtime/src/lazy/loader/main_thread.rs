@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use stillframe_pgalloc::AsyncPagesFileLoad;
 use stillframe_tmpfs::lazy::gate;
 
+use super::away::Away;
 use super::{Keeper, Loader, Stage};
 use crate::cli::chain;
 use crate::lazy::channel::{self, Message};
@@ -33,6 +34,7 @@ pub(super) struct Main<'a> {
     pub(super) channel: Option<UnixStream>,
     /// The container's init process, in whose cgroup this process is.
     pub(super) init: Option<OwnedFd>,
+    pub(super) away: Away,
 }
 
 impl Main<'_> {
@@ -60,6 +62,8 @@ impl Main<'_> {
                 fds.push(PollFd::new(init.as_fd(), PollFlags::POLLIN));
                 fds.len() - 1
             });
+            let away_at = fds.len();
+            fds.extend(self.away.fds());
             match poll(&mut fds, PollTimeout::NONE) {
                 Err(nix::errno::Errno::EINTR) => continue,
                 other => other?,
@@ -73,6 +77,7 @@ impl Main<'_> {
             }
             if ready[2] {
                 let _ = self.woken.read(&mut [0; 16])?;
+                self.away.answer(self.loader);
                 let state = self.loader.lock();
                 if state.header.phase() == Some(LoadPhase::Done) {
                     if state.header.failed_files == 0 {
@@ -82,6 +87,7 @@ impl Main<'_> {
                     rustix::fs::flock(&self.lock, rustix::fs::FlockOperation::Unlock)?;
                 }
             }
+            self.look_at_absence(&ready[away_at..]);
             if keeper_at.is_some_and(|at| ready[at]) {
                 self.channel = None;
                 self.loader.replace_keeper();
@@ -145,7 +151,8 @@ impl Main<'_> {
             Ok(Some(Request::Leave)) => {
                 self.init = None;
                 self.leave();
-                let _ = control::send(&mut stream, &Reply::Done);
+                self.look_at_leases()?;
+                self.away.ask(stream, self.loader);
                 Ok(false)
             }
             Ok(Some(Request::Stop)) => {
@@ -159,6 +166,12 @@ impl Main<'_> {
     }
 
     fn join(&mut self, init: &InitRecord, stream: Option<UnixStream>, all: bool) {
+        self.join_cgroup(init);
+        self.loader.lock().joined = Some((stream, all));
+        self.loader.changed.notify_all();
+    }
+
+    pub(super) fn join_cgroup(&mut self, init: &InitRecord) {
         // Opened before the cgroup is joined: what has ended since is noticed.
         if let Ok(Some(pidfd)) = process::open(init) {
             self.init = Some(pidfd);
@@ -169,8 +182,6 @@ impl Main<'_> {
                 files::put_error(&self.loader.directory, 0, &what);
             }
         }
-        self.loader.lock().joined = Some((stream, all));
-        self.loader.changed.notify_all();
     }
 
     /// Goes back to the cgroup that the keeper is in.
