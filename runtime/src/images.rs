@@ -9,8 +9,9 @@
 //! The first container of a sandbox is in no record yet while its image is unpacked: whoever wants one has the directory
 //! locked (flock(2), shared) until then, and nobody removes a directory that is locked.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -40,8 +41,7 @@ impl Images {
             let Ok(file) = File::open(&directory) else { continue };
             let lock = Flock::lock(file, FlockArg::LockShared)
                 .map_err(|(_, errno)| at("lock", &directory)(errno.into()))?;
-            // It may have been removed before it was locked.
-            if directory.exists() {
+            if is_at(&lock, &directory) {
                 return Ok(Self { directory, _lock: lock });
             }
         }
@@ -99,13 +99,22 @@ pub enum UnpackError<E> {
     Unpack(E),
 }
 
+/// Whether a directory that was opened is still the one of that path: it may have been removed, and made again, before it was locked.
+fn is_at(open: &File, path: &Path) -> bool {
+    let same = |one: Metadata, other: Metadata| (one.dev(), one.ino()) == (other.dev(), other.ino());
+    open.metadata().and_then(|one| Ok(same(one, fs::metadata(path)?))).unwrap_or(false)
+}
+
 /// Removes the unpacked images in `directory`, unless somebody is about to use one. The sandbox has no containers.
 pub(crate) fn remove(directory: &Path) -> Result<(), StateError> {
     let file = match File::open(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(at("open", directory))?,
     };
-    let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(()) };
+    let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(()) };
+    if !is_at(&lock, directory) {
+        return Ok(());
+    }
     absent_is_fine(fs::remove_dir_all(directory)).map_err(at("remove", directory))?;
     if let Some(sandbox) = directory.parent() {
         remove_directories(sandbox);
