@@ -20,8 +20,8 @@ mod zero;
 
 pub use digest::{CHUNK_SIZE, DigestError, DigestTable, digest_chunks};
 pub use load::{
-    AsyncPagesFileLoad, LoadError, LoadOptions, LoadSummary, LoadTarget, OnClosed, OnFailed, OnLoaded,
-    VerifiedPages, can_install,
+    AsyncPagesFileLoad, BatchLoader, FileBatch, LoadError, LoadOptions, LoadSummary, LoadTarget, OnClosed,
+    OnFailed, OnLoaded, VerifiedPages, can_install,
 };
 pub use memory_file::MemoryFile;
 pub use meta::{MetaError, PagesMeta, PrivateMemoryFileMeta};

@@ -7,7 +7,9 @@
 //! ```
 //!
 //! **Bounds.** The queue holds 32 batches of up to 4 MiB and 128 parts, so at most 4,096 files are open for it, and
-//! what is being loaded; each thread has one buffer of 1 MiB. Who wants more waits.
+//! what is being loaded; each thread has one buffer of 1 MiB. Who wants more waits. Small files needn't be open to be
+//! enqueued: a loader opens those of a [`FileBatch`] one after the other, which saves the handing over of a descriptor. And
+//! a thread that makes files can load them itself ([`BatchLoader`]), with a buffer of 1 MiB more.
 //!
 //! **Trust.** The extents may come out of an image: they are checked against the pages file before anything is
 //! enqueued (against the file's size the caller has checked them, [`validate_extents`](crate::validate_extents)).
@@ -20,6 +22,7 @@
 //!
 //! Mirrors gVisor's `AsyncPagesFileLoad` (pkg/sentry/pgalloc).
 
+mod batch;
 mod error;
 mod loader;
 mod queue;
@@ -34,11 +37,13 @@ use std::thread::{self, JoinHandle};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
+pub use batch::FileBatch;
 pub use error::LoadError;
+pub use loader::BatchLoader;
 pub use verified::VerifiedPages;
 
 use crate::digest::DigestTable;
-use crate::page::{MAX_FILE_SIZE, PageExtent, PagesOffset, validate_extents};
+use crate::page::{PageExtent, PagesOffset};
 use crate::sys::install::Installer;
 use loader::{Loader, Shared};
 use queue::{BATCH, Callbacks, Part, Queue, Target};
@@ -182,6 +187,25 @@ impl AsyncPagesFileLoad {
         self.enqueue(targets, false)
     }
 
+    /// Enqueues files that one loader thread opens, loads and closes one after the other; waits while the queue is full.
+    ///
+    /// # Errors
+    ///
+    /// As [`load_ranges_into`](Self::load_ranges_into).
+    pub fn load_batch(&self, batch: Box<dyn FileBatch>) -> Result<(), LoadError> {
+        self.shared.validate_batch(&*batch)?;
+        self.shared.queue.push_files(batch)
+    }
+
+    /// What loads files of this load on the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// There is no memory for its buffer.
+    pub fn batch_loader(&self) -> Result<BatchLoader<'_>, LoadError> {
+        BatchLoader::new(self.shared.clone())
+    }
+
     /// Enqueues files to be loaded before all others that aren't being loaded yet; doesn't wait.
     ///
     /// # Errors
@@ -215,9 +239,7 @@ impl AsyncPagesFileLoad {
 
     fn enqueue(&self, targets: Vec<LoadTarget>, urgent: bool) -> Result<(), LoadError> {
         for LoadTarget { extents, .. } in &targets {
-            // A partial page can be any file's last, here.
-            let size = extents.last().and_then(PageExtent::file_end).unwrap_or(MAX_FILE_SIZE);
-            validate_extents(extents, size, self.pages_length())?;
+            self.shared.validate(extents)?;
         }
         for LoadTarget { file, extents, quiet, on_loaded, on_failed, on_closed } in targets {
             let count: usize = extents.iter().map(|extent| parts(*extent).count()).sum();

@@ -44,7 +44,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{SigSet, Signal};
 use stillframe_pgalloc::{LoadError, PagesMeta, can_install};
-use stillframe_tmpfs::lazy::PendingFile;
+use stillframe_tmpfs::lazy::{PendingFile, SmallFiles};
 
 use crate::freezer::Cgroup;
 use crate::state::{InitRecord, StateDir};
@@ -53,7 +53,7 @@ pub(crate) use files::{NAMES, PendingList};
 pub(crate) use unloaded::unloaded;
 
 /// Files with at least so many bytes of data are loaded behind the start. A smaller one is read in the time that the gate for it takes.
-const LARGE: u64 = 64 * 1024;
+pub(crate) const LARGE: u64 = 64 * 1024;
 
 /// When the files of a restored container are loaded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -129,17 +129,16 @@ fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Lazy
     move |source| LazyError::File { operation, path: path.to_owned(), source }
 }
 
-/// Starts loading `files` of the filesystem whose state directory is `directory`, from `pages` (at `pages_path`), to huge pages
+/// Starts loading the large and the small files of the filesystem whose state directory is `directory`, from `pages` (at `pages_path`), to huge pages
 /// if `huge`. When this returns, nobody can read what isn't there; nothing is loaded before [`join`].
 pub(crate) fn start(
     program: &Path,
     directory: &Path,
-    files: Vec<PendingFile>,
+    (large, small): (Vec<PendingFile>, SmallFiles),
     huge: bool,
     (pages, pages_path): (&File, &Path),
     meta: &PagesMeta,
 ) -> Result<(), LazyError> {
-    let (large, small) = files.into_iter().partition(|file| file.bytes() >= LARGE && file.may_be_gated());
     // Huge pages come only by writing. It changes times for as long as a file is loaded.
     let quiet = can_install() && !huge;
     let pages_path = pages_path.to_owned();

@@ -264,13 +264,15 @@ fn behind(
 ) -> Result<(u64, u64), RestoreError> {
     let id = || target.id.clone();
     let root = open_root(&target.mountpoint).map_err(|source| RestoreError::Open { id: id(), source })?;
-    let pending =
-        build_names(&root, tree, options).map_err(|source| RestoreError::Build { id: id(), source })?;
-    let sum = (pending.len() as u64, pending.iter().map(PendingFile::bytes).sum());
-    if !pending.is_empty() {
+    let (large, small) = build_names(&root, tree, options, lazy::LARGE)
+        .map_err(|source| RestoreError::Build { id: id(), source })?;
+    let bytes = large.iter().map(PendingFile::bytes).sum::<u64>() + small.bytes();
+    let sum = ((large.len() + small.len()) as u64, bytes);
+    if sum.0 > 0 {
         let directory = target.mountpoint.parent().expect("it is in the filesystem's directory");
         let huge = takes_huge_pages(&root, tree);
-        lazy::start(program, directory, pending, huge, (&image.pages, image.pages_path()), &image.meta)
+        let files = (large, small);
+        lazy::start(program, directory, files, huge, (&image.pages, image.pages_path()), &image.meta)
             .map_err(|source| RestoreError::Behind { id: id(), source })?;
     }
     Ok(sum)

@@ -1,4 +1,5 @@
-//! Files that have their names, sizes and attributes already, and get their contents later.
+//! Files that have their names, sizes and attributes already, and get their contents later. (Small ones have neither sizes nor times
+//! yet, and are loaded all together before anybody gets at them: [`SmallFiles`].)
 //!
 //! ```text
 //! build_names -> PendingFile -> (gate closed) -> Loading::begin -> contents -> Loading::complete -> (gate opened)
@@ -18,11 +19,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 
-use rustix::fs::{OFlags, Timespec, Timestamps};
+use rustix::fs::{AtFlags, OFlags, Timespec, Timestamps};
 use serde::{Deserialize, Serialize};
 use stillframe_pgalloc::{PageExtent, PagesOffset};
 
-use crate::entry::{Attributes, KEPT_FLAGS, Xattr};
+use crate::entry::{Attributes, Xattr};
+pub use crate::small::SmallFiles;
+use crate::small::{SmallFile, set_flags};
 use crate::sys::descriptor;
 use crate::sys::handle::FileHandle;
 use crate::xattr::{self, Inode};
@@ -45,6 +48,16 @@ pub struct PendingFile {
     capability: Option<Vec<u8>>,
     /// Inode flags to set when its contents are there.
     flags: u32,
+    /// What else a small file gets when it is loaded, besides its size.
+    #[serde(skip)]
+    small: Option<Small>,
+}
+
+/// See [`PendingFile::small`].
+#[derive(Clone, Debug)]
+struct Small {
+    atime: (i64, u32),
+    xattrs: Vec<Xattr>,
 }
 
 impl PendingFile {
@@ -68,6 +81,24 @@ impl PendingFile {
                 .find(|xattr| xattr.name == CAPABILITY)
                 .map(|xattr| xattr.value.clone()),
             flags: attributes.flags,
+            small: None,
+        })
+    }
+
+    /// A small one, which is in the directory that is open as `on`.
+    pub(crate) fn small(file: &SmallFile, on: &File, directory: u64) -> io::Result<Self> {
+        let xattrs = file.xattrs();
+        let capability = xattrs.iter().find(|xattr| xattr.name == CAPABILITY);
+        Ok(Self {
+            handle: FileHandle::of_name(on.as_fd(), file.name())?,
+            inode: rustix::fs::statat(on, file.name(), AtFlags::SYMLINK_NOFOLLOW)?.st_ino,
+            directory,
+            size: file.size(),
+            extents: file.extents().iter().map(|e| (e.file_offset, e.length, e.pages_offset.0)).collect(),
+            mtime: file.times().1,
+            capability: capability.map(|xattr| xattr.value.clone()),
+            flags: file.flags(),
+            small: Some(Small { atime: file.times().0, xattrs }),
         })
     }
 
@@ -148,8 +179,7 @@ impl Loading {
         let last_modification = Timespec { tv_sec, tv_nsec };
         rustix::fs::futimens(file, &Timestamps { last_access, last_modification })?;
         if self.flags != 0 {
-            let own = rustix::fs::ioctl_getflags(file)?.bits() & !KEPT_FLAGS;
-            rustix::fs::ioctl_setflags(file, rustix::fs::IFlags::from_bits_retain(own | self.flags))?;
+            set_flags(file, self.flags)?;
         }
         Ok(())
     }

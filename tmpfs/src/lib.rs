@@ -26,6 +26,7 @@ mod record;
 pub mod resource;
 pub mod save;
 mod scan;
+mod small;
 mod stat;
 mod sys;
 mod walk;

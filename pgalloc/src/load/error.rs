@@ -62,6 +62,13 @@ pub enum LoadError {
         #[source]
         source: Arc<io::Error>,
     },
+    /// A file of a batch can't be opened, or given its size.
+    #[error("can't open a file to load")]
+    Open {
+        /// The cause.
+        #[source]
+        source: Arc<io::Error>,
+    },
     /// A file can't be written.
     #[error("can't write pages {pages_offset} to offset {offset:#x} of their file")]
     Write {

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,10 +15,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memmap2::MmapMut;
 
 use crate::digest::{CHUNK_SIZE, DigestTable};
-use crate::load::BeforeRead;
+use crate::load::batch::FileBatch;
 use crate::load::error::LoadError;
-use crate::load::queue::{Part, Queue, Target};
-use crate::page::{PageExtent, PagesOffset};
+use crate::load::queue::{Part, Queue, Work};
+use crate::load::{AsyncPagesFileLoad, BeforeRead};
+use crate::page::{MAX_FILE_SIZE, PageExtent, PagesOffset, validate_extents};
 use crate::sys::install::Installer;
 
 /// Most bytes that are read at once: whole chunks.
@@ -31,6 +33,56 @@ pub(crate) struct Shared {
     pub(crate) queue: Queue,
     pub(crate) bytes: AtomicU64,
     pub(crate) files: AtomicU64,
+}
+
+/// What an extent is loaded to.
+#[derive(Clone, Copy)]
+struct To<'a> {
+    file: &'a File,
+    /// Whether it is not to be written to.
+    quiet: bool,
+}
+
+impl Shared {
+    /// Judges a file's extents as far as its size doesn't matter.
+    pub(crate) fn validate(&self, extents: &[PageExtent]) -> Result<(), LoadError> {
+        // A partial page can be any file's last, here.
+        let size = extents.last().and_then(PageExtent::file_end).unwrap_or(MAX_FILE_SIZE);
+        Ok(validate_extents(extents, size, self.digests.pages_length())?)
+    }
+
+    pub(crate) fn validate_batch(&self, files: &dyn FileBatch) -> Result<(), LoadError> {
+        (0..files.len()).try_for_each(|index| self.validate(files.extents(index)))
+    }
+}
+
+/// Loads files of a load on the calling thread, which then needn't give them to another.
+pub struct BatchLoader<'a> {
+    loader: Loader,
+    load: PhantomData<&'a AsyncPagesFileLoad>,
+}
+
+impl BatchLoader<'_> {
+    pub(crate) fn new(shared: Arc<Shared>) -> Result<Self, LoadError> {
+        Ok(Self { loader: Loader::new(shared)?, load: PhantomData })
+    }
+
+    /// Loads files; a failure is the load's.
+    ///
+    /// # Errors
+    ///
+    /// Extents that can't be; or the first error of the load.
+    pub fn load(&mut self, files: &mut dyn FileBatch) -> Result<(), LoadError> {
+        let Self { loader, .. } = self;
+        loader.shared.validate_batch(files)?;
+        let failure = match loader.load_files(files) {
+            Ok(true) => return Ok(()),
+            Ok(false) => None,
+            Err(error) => Some(error),
+        };
+        loader.shared.queue.stop(failure);
+        Err(loader.shared.queue.failure().expect("nothing else stops a load that is in use"))
+    }
 }
 
 /// One thread's part of it.
@@ -54,12 +106,38 @@ impl Loader {
     /// Loads until there is no more, or something failed.
     pub(crate) fn run(mut self) {
         let guard = StopOnPanic(self.shared.clone());
-        while let Some(parts) = self.shared.queue.take() {
-            if let Err(error) = self.load(parts.into()) {
+        while let Some(work) = self.shared.queue.take() {
+            let loaded = match work {
+                Work::Parts(parts) => self.load(parts.into()),
+                Work::Files(mut files) => self.load_files(&mut *files).map(drop),
+            };
+            if let Err(error) = loaded {
                 self.shared.queue.stop(Some(error));
             }
         }
         drop(guard);
+    }
+
+    /// Opens, loads and closes one file after the other; false if the load was stopped before all of them were there.
+    fn load_files(&mut self, files: &mut dyn FileBatch) -> Result<bool, LoadError> {
+        let opened = |source| LoadError::Open { source: Arc::new(source) };
+        let finished = |source| LoadError::OnLoaded { source: Arc::new(source) };
+        for index in 0..files.len() {
+            let file = files.open(index).map_err(opened)?;
+            for number in 0..files.extents(index).len() {
+                let extent = files.extents(index)[number];
+                let next = || {
+                    let rest = files.extents(index)[number + 1..].iter();
+                    rest.chain((index + 1..files.len()).flat_map(|next| files.extents(next))).copied()
+                };
+                if !self.load_extent(To { file: &file, quiet: false }, extent, next)? {
+                    return Ok(false);
+                }
+            }
+            files.loaded(index, &file).map_err(finished)?;
+            self.shared.files.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(true)
     }
 
     /// Lets go of each part when it is done: who waits for a file needn't wait for the rest of its batch.
@@ -77,8 +155,10 @@ impl Loader {
 
     /// Loads a part; false if the load was stopped before all of it was there.
     fn load_part(&mut self, part: &Part, next: &VecDeque<Part>) -> Result<bool, LoadError> {
+        let to = To { file: &part.target.file, quiet: part.target.quiet };
+        let next = || next.iter().filter_map(|part| part.extent);
         if let Some(extent) = part.extent.filter(|_| !part.target.has_failed())
-            && !self.load_extent(&part.target, extent, next)?
+            && !self.load_extent(to, extent, next)?
         {
             return Ok(false);
         }
@@ -91,12 +171,12 @@ impl Loader {
         Ok(true)
     }
 
-    /// Loads an extent; false if the load was stopped before all of it was there.
-    fn load_extent(
+    /// Loads an extent, which `next` follow; false if the load was stopped before all of it was there.
+    fn load_extent<N: Iterator<Item = PageExtent>>(
         &mut self,
-        target: &Target,
+        to: To<'_>,
         extent: PageExtent,
-        next: &VecDeque<Part>,
+        next: impl Fn() -> N,
     ) -> Result<bool, LoadError> {
         let PageExtent { mut file_offset, length, pages_offset: PagesOffset(mut offset) } = extent;
         let end = offset + length;
@@ -105,7 +185,7 @@ impl Loader {
                 if self.shared.queue.is_stopped() {
                     return Ok(false);
                 }
-                let wanted = wanted(end, next);
+                let wanted = wanted(end, next());
                 let ahead = self.read(offset, wanted);
                 // What is damaged may be the next file's.
                 if wanted > end && matches!(ahead, Err(LoadError::Digest { .. } | LoadError::Read { .. })) {
@@ -116,10 +196,10 @@ impl Loader {
             }
             let (start, length) = self.window;
             let bytes = &self.buffer[(offset - start) as usize..length.min((end - start) as usize)];
-            let written = if target.quiet {
-                installer(&mut self.installer).and_then(|to| to.install(&target.file, file_offset, bytes))
+            let written = if to.quiet {
+                installer(&mut self.installer).and_then(|with| with.install(to.file, file_offset, bytes))
             } else {
-                target.file.write_all_at(bytes, file_offset)
+                to.file.write_all_at(bytes, file_offset)
             };
             written.map_err(|source| LoadError::Write {
                 offset: file_offset,
@@ -167,9 +247,9 @@ fn installer(made: &mut Option<Installer>) -> io::Result<&Installer> {
 }
 
 /// How far to read: to `end`, and on to what follows it in the same or the next chunk.
-fn wanted(end: u64, next: &VecDeque<Part>) -> u64 {
+fn wanted(end: u64, next: impl Iterator<Item = PageExtent>) -> u64 {
     let mut wanted = end;
-    for extent in next.iter().filter_map(|part| part.extent) {
+    for extent in next {
         let start = extent.pages_offset.0;
         if start + CHUNK_SIZE < wanted || start > wanted.next_multiple_of(CHUNK_SIZE) {
             break;

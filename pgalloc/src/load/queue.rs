@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use crate::buffer::{lock, wait};
+use crate::load::batch::FileBatch;
 use crate::load::error::LoadError;
 use crate::load::{OnClosed, OnFailed, OnLoaded};
 use crate::page::PageExtent;
@@ -110,7 +111,19 @@ impl Part {
     }
 }
 
-/// Parts that one loader takes together.
+/// What one loader takes together.
+pub(crate) enum Work {
+    Parts(Vec<Part>),
+    /// Files that aren't open yet.
+    Files(Box<dyn FileBatch>),
+}
+
+/// Parts, up to a batch's bytes and number, or files that came together.
+enum Queued {
+    Parts(Batch),
+    Files(Box<dyn FileBatch>),
+}
+
 #[derive(Default)]
 struct Batch {
     bytes: u64,
@@ -130,8 +143,8 @@ impl Batch {
 
 #[derive(Default)]
 struct State {
-    batches: VecDeque<Batch>,
-    urgent: VecDeque<Batch>,
+    batches: VecDeque<Queued>,
+    urgent: VecDeque<Queued>,
     closed: bool,
     stopped: bool,
     failure: Option<LoadError>,
@@ -157,14 +170,32 @@ impl Queue {
             }
             let full = state.batches.len() >= BATCHES;
             let batches = if urgent { &mut state.urgent } else { &mut state.batches };
-            if let Some(last) = batches.back_mut().filter(|last| last.has_room(&part)) {
+            if let Some(Queued::Parts(last)) = batches.back_mut()
+                && last.has_room(&part)
+            {
                 last.push(part);
                 return Ok(());
             }
             if urgent || !full {
                 let mut batch = Batch::default();
                 batch.push(part);
-                batches.push_back(batch);
+                batches.push_back(Queued::Parts(batch));
+                self.filled.notify_one();
+                return Ok(());
+            }
+            state = wait(&self.drained, state);
+        }
+    }
+
+    /// Adds files that one loader is to open and load; waits while the queue is full.
+    pub(crate) fn push_files(&self, files: Box<dyn FileBatch>) -> Result<(), LoadError> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            if state.batches.len() < BATCHES {
+                state.batches.push_back(Queued::Files(files));
                 self.filled.notify_one();
                 return Ok(());
             }
@@ -173,18 +204,20 @@ impl Queue {
     }
 
     /// The next batch; waits for one. `None` when there will be no more.
-    pub(crate) fn take(&self) -> Option<Vec<Part>> {
+    pub(crate) fn take(&self) -> Option<Work> {
         let mut state = lock(&self.state);
         loop {
             if state.stopped {
                 return None;
             }
-            if let Some(batch) = state.urgent.pop_front() {
-                return Some(batch.parts);
-            }
-            if let Some(batch) = state.batches.pop_front() {
-                self.drained.notify_one();
-                return Some(batch.parts);
+            let next = match state.urgent.pop_front() {
+                None => state.batches.pop_front().inspect(|_| self.drained.notify_one()),
+                urgent => urgent,
+            };
+            match next {
+                Some(Queued::Parts(batch)) => return Some(Work::Parts(batch.parts)),
+                Some(Queued::Files(files)) => return Some(Work::Files(files)),
+                None => {}
             }
             if state.closed {
                 return None;
@@ -245,7 +278,11 @@ mod tests {
         }
         queue.push(part(1), true).unwrap();
         queue.close();
-        let lengths = || queue.take().map(|parts| parts.iter().map(Part::length).collect::<Vec<_>>());
+        let lengths = || match queue.take() {
+            Some(Work::Parts(parts)) => Some(parts.iter().map(Part::length).collect::<Vec<_>>()),
+            Some(Work::Files(_)) => unreachable!("none were added"),
+            None => None,
+        };
         assert_eq!(lengths(), Some(vec![1]));
         assert_eq!(lengths(), Some(vec![4096, 0, 4096]));
         assert_eq!(lengths(), Some(vec![BATCH.0]));

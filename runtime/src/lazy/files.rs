@@ -25,7 +25,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use stillframe_pgalloc::PagesMeta;
-use stillframe_tmpfs::lazy::PendingFile;
+use stillframe_tmpfs::lazy::{PendingFile, SmallFiles};
 
 use super::{LazyError, at};
 use crate::process;
@@ -50,7 +50,7 @@ pub(crate) struct PendingList {
     /// Behind the gate, in the order of the image.
     pub(crate) large: Vec<PendingFile>,
     /// Before the start.
-    pub(crate) small: Vec<PendingFile>,
+    pub(crate) small: SmallFiles,
     /// Whether the large ones get their pages without being written to.
     pub(crate) quiet: bool,
     /// Where the pages file was, for errors.
@@ -117,10 +117,9 @@ pub(crate) fn prepare(directory: &Path, list: &PendingList, meta: &PagesMeta) ->
     };
     write(LIST, &postcard::to_stdvec(list).expect("numbers and bytes only"))?;
     write(META, &meta.encode())?;
-    let all = || list.large.iter().chain(&list.small);
     let header = Header {
-        files: all().count() as u64,
-        bytes: all().map(PendingFile::bytes).sum(),
+        files: (list.large.len() + list.small.len()) as u64,
+        bytes: list.large.iter().map(PendingFile::bytes).sum::<u64>() + list.small.bytes(),
         large: list.large.len() as u64,
         ..Header::default()
     };

@@ -184,12 +184,14 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
 
 /// What is loaded: a predecessor that has died may not have counted all of it.
 fn count(header: &mut Header, list: &files::PendingList, states: &[u8]) {
-    let small: &[PendingFile] =
-        if header.phase().is_some_and(|phase| phase >= LoadPhase::Large) { &list.small } else { &[] };
-    let large = list.large.iter().zip(states).filter(|(_, state)| **state == LOADED).map(|(file, _)| file);
-    let loaded: Vec<u64> = small.iter().chain(large).map(PendingFile::bytes).collect();
-    header.loaded_files = loaded.len() as u64;
-    header.loaded_bytes = loaded.iter().sum();
+    let loaded =
+        || list.large.iter().zip(states).filter(|(_, state)| **state == LOADED).map(|(file, _)| file);
+    header.loaded_files = loaded().count() as u64;
+    header.loaded_bytes = loaded().map(PendingFile::bytes).sum();
+    if header.phase().is_some_and(|phase| phase >= LoadPhase::Large) {
+        header.loaded_files += list.small.len() as u64;
+        header.loaded_bytes += list.small.bytes();
+    }
     header.failed_files = states.iter().filter(|state| **state == FAILED).count() as u64;
     header.waiting_files = 0;
 }

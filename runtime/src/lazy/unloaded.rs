@@ -10,6 +10,7 @@ use std::path::Path;
 
 use stillframe_pgalloc::VerifiedPages;
 use stillframe_tmpfs::lazy::unloaded::{Load, Standing, Unloaded};
+use stillframe_tmpfs::mount::open_root;
 
 use super::files::{self, LOADED, PENDING, Processes, Progress};
 use super::{LazyError, LoadPhase, at};
@@ -38,7 +39,11 @@ pub(crate) fn unloaded(directory: &Path) -> Result<Option<Unloaded>, LazyError> 
         .map_err(|source| LazyError::Pages { path: list.pages_path.clone(), source: Box::new(source) })?;
     let large = list.large.len();
     if header.phase() < Some(LoadPhase::Large) {
-        list.large.append(&mut list.small);
+        let mountpoint = directory.join("mnt");
+        let root =
+            open_root(&mountpoint).map_err(|error| at("open", &mountpoint)(io::Error::other(error)))?;
+        let small = list.small.pending(&root).map_err(at("find the small files below", &mountpoint))?;
+        list.large.extend(small);
     }
     let load = Loading {
         progress,

@@ -145,6 +145,12 @@ impl Unloaded {
                     xattrs.push(Xattr { name: CAPABILITY.to_vec(), value: value.clone() });
                     xattrs.sort();
                 }
+                // It has only a name, an owner and a mode, and nobody else has it yet.
+                if let Some(small) = &file.small {
+                    stat.size = file.size;
+                    stat.atime = Timestamp { sec: small.atime.0, nsec: small.atime.1 };
+                    xattrs.clone_from(&small.xattrs);
+                }
             }
         }
         Ok(Some(UnloadedFile { all: self, file }))

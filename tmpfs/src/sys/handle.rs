@@ -3,7 +3,7 @@
 //! A handle names an inode for as long as it lives, whatever happens to its name, and costs no
 //! descriptor: that is how trees deeper than the descriptor limit are walked and built.
 
-use std::ffi::c_int;
+use std::ffi::{CStr, CString, c_int};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
@@ -25,18 +25,27 @@ pub(crate) struct FileHandle {
 impl FileHandle {
     /// The handle of what `fd` has open.
     pub(crate) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::at(fd, c"", libc::AT_EMPTY_PATH)
+    }
+
+    /// The handle of what is called `name` in a directory; a symbolic link isn't followed.
+    pub(crate) fn of_name(directory: BorrowedFd<'_>, name: &[u8]) -> io::Result<Self> {
+        Self::at(directory, &CString::new(name)?, 0)
+    }
+
+    fn at(fd: BorrowedFd<'_>, path: &CStr, flags: c_int) -> io::Result<Self> {
         let mut handle = Self { bytes: MAX_BYTES as u32, kind: 0, handle: [0; MAX_BYTES] };
         let mut mount_id: c_int = 0;
         // SAFETY: `FileHandle` begins with the two fields of `struct file_handle` and is followed by
-        // the MAX_BYTES bytes that `bytes` promises; the path is an empty C string, and both pointers
+        // the MAX_BYTES bytes that `bytes` promises; the path is a C string, and all pointers
         // live through the call.
         let result = unsafe {
             libc::name_to_handle_at(
                 fd.as_raw_fd(),
-                c"".as_ptr(),
+                path.as_ptr(),
                 (&raw mut handle).cast::<libc::file_handle>(),
                 &raw mut mount_id,
-                libc::AT_EMPTY_PATH,
+                flags,
             )
         };
         if result != 0 {

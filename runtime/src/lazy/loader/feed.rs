@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use stillframe_pgalloc::{AsyncPagesFileLoad, DigestTable, LoadError, LoadOptions, LoadTarget};
-use stillframe_tmpfs::lazy::{Loading, PendingFile, gate};
+use stillframe_tmpfs::lazy::{Loading, PendingFile, SmallFiles, gate};
 
 use super::{Keeper, Loader, Stage, State};
 use crate::cli::chain;
@@ -19,8 +19,6 @@ use crate::lazy::files::{FAILED, LOADED, LOADING};
 const AHEAD: u64 = 16 << 20;
 /// Bytes of the pages file that are read ahead of the page loaders, into the page cache.
 const READ_AHEAD: u64 = 8 << 20;
-/// Small files that are given to the page loaders at once.
-const BATCH: usize = 128;
 
 impl Loader {
     /// Loads from the pages file, which the keeper reads ahead.
@@ -51,7 +49,7 @@ impl Loader {
     /// The feeder's work.
     pub(super) fn feed(
         self: &Arc<Self>,
-        small: Vec<PendingFile>,
+        small: SmallFiles,
         pages: &File,
         digests: &DigestTable,
         large: &AsyncPagesFileLoad,
@@ -69,11 +67,12 @@ impl Loader {
             let open: Vec<usize> =
                 (0..state.stages.len()).filter(|index| matches!(state.stages[*index], Stage::Open)).collect();
             drop(state);
-            let files = small.iter().chain(open.iter().map(|index| &self.large[*index]));
+            let count = (small.len() as u64, small.bytes());
+            let files = || open.iter().map(|index| &self.large[*index]);
             let loaded = pages
                 .try_clone()
                 .map_err(|error| error.to_string())
-                .and_then(|pages| self.load_small(files, pages, digests));
+                .and_then(|pages| self.load_small(small, files(), pages, digests));
             state = self.lock();
             if let Err(error) = loaded {
                 if let Some((Some(mut stream), _)) = state.joined.take() {
@@ -81,9 +80,8 @@ impl Loader {
                 }
                 return;
             }
-            let files = || small.iter().chain(open.iter().map(|index| &self.large[*index]));
-            state.header.loaded_files += files().count() as u64;
-            state.header.loaded_bytes += files().map(PendingFile::bytes).sum::<u64>();
+            state.header.loaded_files += count.0 + open.len() as u64;
+            state.header.loaded_bytes += count.1 + files().map(PendingFile::bytes).sum::<u64>();
             for index in open {
                 state.stages[index] = Stage::Loaded;
                 self.note(index, LOADED);
@@ -137,32 +135,29 @@ impl Loader {
         }
     }
 
+    /// Loads the small files, and those of the large ones that aren't behind the gate.
     fn load_small<'a>(
         self: &Arc<Self>,
-        files: impl Iterator<Item = &'a PendingFile>,
+        small: SmallFiles,
+        open: impl Iterator<Item = &'a PendingFile>,
         pages: File,
         digests: &DigestTable,
     ) -> Result<(), String> {
         let load = self.load_pages(pages, digests).map_err(|error| chain(&error))?;
-        let mut batch = Vec::with_capacity(BATCH);
-        let mut enqueued = Ok(());
-        for pending in files {
+        let mut enqueued = small.load(&self.root, &load);
+        for pending in open {
+            if enqueued.is_err() {
+                break;
+            }
             let opened = pending.open(&self.root);
             let file = opened.map_err(|error| format!("open a restored file: {error}"))?;
             // Nobody has it yet: it is as it was saved.
             let begun = Loading::again(pending);
-            batch.push(LoadTarget {
+            enqueued = load.load_ranges_into(vec![LoadTarget {
                 on_loaded: Some(Box::new(move |file| begun.complete(file))),
                 ..LoadTarget::new(Arc::new(file), pending.extents())
-            });
-            if batch.len() == BATCH {
-                enqueued = load.load_ranges_into(std::mem::take(&mut batch));
-                if enqueued.is_err() {
-                    break;
-                }
-            }
+            }]);
         }
-        let enqueued = enqueued.and_then(|()| load.load_ranges_into(batch));
         // The load's own error is the cause.
         let loaded = load.finish().map(drop).and(enqueued);
         loaded.map_err(|error| format!("load {}: {}", self.pages_path.display(), chain(&error)))
