@@ -13,7 +13,7 @@ use crate::page::{FileRange, PAGE_SIZE, PageExtent};
 use crate::save::error::SaveError;
 use crate::save::plan::{Part, Plan, subrange, take_buffer};
 use crate::save::relay::Relay;
-use crate::save::source::{check_range, read_error, read_up_to};
+use crate::save::source::{check_range, read_up_to};
 use crate::save::tail::PageMemory;
 use crate::save::{AsyncPagesFileSave, SMALL};
 use crate::sys::mapping::{FileMapping, MappingError};
@@ -118,9 +118,10 @@ impl<'a> Job<'a> {
                 Err(SaveError::Map { offset: part.start(), length: part.len(), source: Arc::new(source) })
             }
             Err(MappingError::Page(offset, source)) => {
-                let offset = part.start() + offset as u64;
                 check_range(self.source, self.range, true)?;
-                Err(read_error(offset, source))
+                // A hole, for which there is no room; else reading it says what is wrong.
+                tracing::debug!(offset = part.start() + offset as u64, %source, "a page isn't mapped but read");
+                Ok(Got::Unmapped(part))
             }
             Err(MappingError::Unsupported) => {
                 self.unmappable.store(true, Ordering::Relaxed);

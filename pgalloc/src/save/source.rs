@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -19,6 +19,10 @@ use crate::page::{FileRange, MAX_FILE_SIZE, PAGE_SIZE, page_ceil, page_floor};
 use crate::save::error::SaveError;
 
 /// The runs of data in a range, ascending, in whole pages, clipped to the range.
+///
+/// SEEK_HOLE looks at every page up to the hole that it finds. So a file that has as many blocks as its size takes, in pages of the usual
+/// size, is taken for one run without asking. If some of those blocks are behind its end (fallocate(2)
+/// FALLOC_FL_KEEP_SIZE), it has holes that are read like data; they are zeros, which aren't saved.
 ///
 /// As long as runs are single pages, as in a file of scattered ones, the end of a run isn't asked for: one lseek(2)
 /// says where the next run is, and so that it isn't the next page. mincore(2) on a mapping is no better: it takes as
@@ -32,6 +36,8 @@ pub(crate) struct DataRuns<'a> {
     start: Option<Start>,
     /// Whether the last run was a single page.
     single: bool,
+    /// Whether there is one run, which is the range.
+    whole: bool,
 }
 
 /// Where a run begins.
@@ -44,11 +50,21 @@ struct Start {
 
 impl<'a> DataRuns<'a> {
     pub(crate) fn new(file: &'a File, range: FileRange) -> Self {
-        Self { file, range, position: range.start(), start: None, single: false }
+        let whole = file.metadata().is_ok_and(|metadata| {
+            metadata.blksize() == PAGE_SIZE
+                && page_ceil(metadata.len()).is_some_and(|size| metadata.blocks() == size / 512)
+                && range.end() <= metadata.len()
+        });
+        Self { file, range, position: range.start(), start: None, single: false, whole }
     }
 
     /// The next run; `None` when there are no more.
     pub(crate) fn next(&mut self) -> Result<Option<FileRange>, SaveError> {
+        if self.whole {
+            let left = self.position < self.range.end();
+            self.position = self.range.end();
+            return Ok(left.then_some(self.range));
+        }
         loop {
             let known = self.start.take();
             let Some(start) =
@@ -174,6 +190,21 @@ mod tests {
         assert_eq!(runs(&file, range(5 * 4096, last)), [first]);
         assert_eq!(runs(&file, range(0, 4096)), []);
         assert_eq!(runs(&file, range(0, 0)), []);
+    }
+
+    #[test]
+    fn a_file_without_holes_is_one_run_and_one_with_blocks_behind_its_end_has_no_less_than_its_data() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.write_all_at(&[1; 20 * 4096 + 7], 0).unwrap();
+        let range = |start, end| FileRange::new(start, end).unwrap();
+        assert_eq!(runs(&file, range(0, 20 * 4096 + 7)), [(0, 20 * 4096 + 7)]);
+        assert_eq!(runs(&file, range(4096, 8192)), [(4096, 8192)]);
+        assert_eq!(runs(&file, range(4096, 4096)), []);
+        file.set_len(30 * 4096).unwrap();
+        assert_eq!(runs(&file, range(0, 30 * 4096)), [(0, 21 * 4096)]);
+        let behind = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        nix::fcntl::fallocate(&file, behind, 30 * 4096, 9 * 4096).unwrap();
+        assert_eq!(runs(&file, range(0, 30 * 4096)), [(0, 30 * 4096)]);
     }
 
     proptest! {
