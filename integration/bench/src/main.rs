@@ -44,11 +44,17 @@ fn bench() -> Result<()> {
     let names: Vec<String> = std::env::args().skip(1).collect();
     let rounds = std::env::var("BENCH_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(5);
     let mut results = Results::new(rounds);
+    let all = || engine::ALL.iter().chain(pause::ALL).chain(containers::ALL).chain(behind::ALL);
+    // A name of a result stands for the benchmark that it comes from, which has the longest name that it begins with.
+    let from = |name: &str| {
+        let prefixes = all().map(|(prefix, _)| *prefix).filter(|prefix| name.starts_with(prefix));
+        prefixes.max_by_key(|prefix| prefix.len())
+    };
     let wanted = |prefix: &str| {
         names.is_empty()
-            || names.iter().any(|name| prefix.starts_with(name.as_str()) || name.starts_with(prefix))
+            || names.iter().any(|name| prefix.starts_with(name.as_str()) || from(name) == Some(prefix))
     };
-    for (prefix, measure) in engine::ALL.iter().chain(pause::ALL).chain(containers::ALL).chain(behind::ALL) {
+    for (prefix, measure) in all() {
         if wanted(prefix) {
             eprintln!("bench: {prefix} ...");
             measure(&mut results)?;
