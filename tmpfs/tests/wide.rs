@@ -1,4 +1,4 @@
-//! Trees that are made by several threads, with whatever umask the process has, in a root that hands its group down.
+//! Trees that are made by several threads, with whatever umask the process has, in a root that may hand its group down.
 
 #[path = "support/filesystem.rs"]
 mod filesystem;
@@ -79,12 +79,12 @@ fn listings(filesystem: &Tmpfs) -> BTreeMap<PathBuf, Vec<Vec<u8>>> {
     all
 }
 
-/// A target with a group to hand down, in a process whose umask takes everything away.
-fn target() -> Tmpfs {
+/// A target whose root has that mode, setgid to hand its group down, in a process whose umask takes everything away.
+fn target(mode: u32) -> Tmpfs {
     rustix::process::umask(Mode::from_raw_mode(0o077));
     let target = Tmpfs::new(&[]);
     chown(target.path(), Some(3), Some(5)).unwrap();
-    fs::set_permissions(target.path(), Permissions::from_mode(0o2770)).unwrap();
+    fs::set_permissions(target.path(), Permissions::from_mode(mode)).unwrap();
     target
 }
 
@@ -107,8 +107,8 @@ fn a_wide_tree_comes_back_whole_and_in_order() {
     let old = Tmpfs::new(&[]);
     fill(old.path());
     let saved = save(&old);
-    for _ in 0..3 {
-        let new = target();
+    for mode in [0o755, 0o2770, 0o755] {
+        let new = target(mode);
         saved.restore(&new, &DEVICES()).unwrap();
         assert_same(&old, &new);
     }
@@ -120,7 +120,7 @@ fn names_first_and_contents_later_are_the_same() {
     fill(old.path());
     let saved = save(&old);
     let tree = saved.tree();
-    let new = target();
+    let new = target(0o755);
     let root = open_root(new.path()).unwrap();
     let (large, small) = build_names(&root, &tree, &DEVICES(), LARGE).unwrap();
     assert_eq!(listings(&old), listings(&new));
@@ -151,13 +151,13 @@ fn a_name_that_is_there_already_is_an_error_that_says_which() {
     fill(old.path());
     let saved = save(&old);
     let tree = saved.tree();
-    let new = target();
+    let new = target(0o2770);
     fs::create_dir_all(new.path().join("d2/sub9")).unwrap();
     fs::write(new.path().join("d2/sub9/f1"), b"").unwrap();
     let root = open_root(new.path()).unwrap();
     let names = build_names(&root, &tree, &DEVICES(), LARGE).map(drop).unwrap_err();
     let options = DEVICES();
-    let empty = target();
+    let empty = target(0o2770);
     fs::create_dir_all(empty.path().join("d2/sub9")).unwrap();
     fs::write(empty.path().join("d2/sub9/f1"), b"").unwrap();
     let root = open_root(empty.path()).unwrap();
