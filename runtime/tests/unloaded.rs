@@ -12,10 +12,12 @@ mod reads;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -426,7 +428,8 @@ fn those_who_wait_for_a_file_are_answered_before_a_freeze_and_the_loader_comes_b
         move || sandbox.before_freeze()
     });
     await_that("the loader leaves", || memory_cgroup(loader) == home);
-    assert!(before.try_recv().is_err(), "somebody waits still");
+    let early = before.recv_timeout(Duration::from_millis(50));
+    assert!(matches!(early, Err(RecvTimeoutError::Timeout)), "somebody waits still");
     reads.pass(24);
     let away = end(&before);
     let cgroup = pod.processes[0].1.clone();
@@ -434,8 +437,12 @@ fn those_who_wait_for_a_file_are_answered_before_a_freeze_and_the_loader_comes_b
     let is_frozen = || fs::read_to_string(cgroup.join("cgroup.events")).unwrap().contains("frozen 1");
     await_that("it freezes", is_frozen);
     drop(away);
-    // Answered after it has looked at that.
-    drop(pod.sandbox.before_freeze());
+    // It has looked at that when it has dealt with what it was told afterwards, twice, since it polls.
+    for _ in 0..2 {
+        let mut told = UnixStream::connect(pod.state().join("s/filesystems/c.0/load.sock")).unwrap();
+        told.write_all(b"nothing\n").unwrap();
+        assert_eq!(told.read(&mut [0]).unwrap(), 0);
+    }
     assert_eq!(memory_cgroup(loader), home, "it is frozen with the container");
     fs::write(cgroup.join("cgroup.freeze"), "0").unwrap();
     await_that("the loader comes back", || memory_cgroup(loader) == inside);

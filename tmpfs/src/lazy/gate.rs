@@ -6,6 +6,11 @@
 //!   io_uring and overlayfs. Nothing else costs anything, and an open file has no mark;
 //! - a write lease on the descriptor that it is loaded through: truncate(2) by path, which fanotify doesn't see.
 //!
+//! A lease leaves something behind: the inode has a `file_lock_context` for as long as it lives, and each close(2) looks into that
+//! (`locks_remove_file`). Measured on Linux 6.18: opening and closing a file takes 4 % more processor time than that of one which
+//! never had a lease, with a read of 4 KiB 3 to 5 %; of a mark that is gone nothing is left. There is no other hold on truncate(2):
+//! FAN_PRE_ACCESS isn't for tmpfs, a denied write makes it fail instead of wait, and what was cut off can't be told afterwards.
+//!
 //! They depend on each other: reading an event makes the kernel open the file for us, which the lease holds back
 //! too (`create_fd` in fs/notify/fanotify). So [`Gate::next`] returns when the lease of the file in question is released,
 //! and what says at once that somebody waits is the lease's signal ([`Gate::watch`]). Hence the rules: events are read one
