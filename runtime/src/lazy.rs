@@ -167,9 +167,15 @@ pub(crate) fn start(
     }
 }
 
-/// Whether files of the filesystem are to be loaded, and no container has told yet that it has a process ([`join`]).
-pub(crate) fn is_held(directory: &Path) -> Result<bool, LazyError> {
-    Ok(status(directory)?.is_some_and(|status| status.phase == LoadPhase::Held))
+/// Whether a container that has the filesystem has to wait for files before its program runs: for the small ones, which nothing keeps
+/// anybody from reading, or for `all`.
+pub(crate) fn is_awaited(directory: &Path, all: bool) -> Result<bool, LazyError> {
+    let phase = status(directory)?.map(|status| status.phase);
+    Ok(match phase {
+        Some(LoadPhase::Held | LoadPhase::Small) => true,
+        Some(LoadPhase::Large) => all,
+        Some(LoadPhase::Done) | None => false,
+    })
 }
 
 /// Once the container has a process: loads the small files in its memory cgroup, and begins with the others; with `all`

@@ -294,17 +294,19 @@ impl Sandbox {
         locked.put_container(&record)?;
         // Whoever removes the container meanwhile needs it.
         drop(locked);
-        let mut held = Vec::new();
+        let mut awaited = Vec::new();
         for name in &record.filesystems {
             let directory = self.dir.filesystem_dir(name);
-            if lazy::is_held(&directory).map_err(InitError::Load)? {
-                held.push(directory);
+            if lazy::is_awaited(&directory, record.load_all).map_err(InitError::Load)? {
+                awaited.push(directory);
             }
         }
         std::thread::scope(|scope| {
             let (init, all) = (&init, record.load_all);
-            let joining: Vec<_> =
-                held.iter().map(|directory| scope.spawn(move || lazy::join(directory, init, all))).collect();
+            let joining: Vec<_> = awaited
+                .iter()
+                .map(|directory| scope.spawn(move || lazy::join(directory, init, all)))
+                .collect();
             let joined = joining.into_iter().map(|thread| thread.join().expect("it doesn't panic"));
             joined.collect::<Result<(), LazyError>>().map_err(InitError::Load)
         })

@@ -60,8 +60,12 @@ struct State {
     header: Header,
     /// Bytes that are being loaded.
     ahead: u64,
-    /// What is to be told once the small files are loaded, or with `true` once all are.
-    joined: Option<(Option<UnixStream>, bool)>,
+    /// Whether a container has told that it has a process.
+    joined: bool,
+    /// Who is to be told once the small files are loaded, or with `true` once all are.
+    asked: Vec<(UnixStream, bool)>,
+    /// Why the small files can't be loaded.
+    failed: Option<String>,
     stopping: bool,
     /// Whether main is to be told when a file is settled.
     awaited: bool,
@@ -147,7 +151,9 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
             schedule,
             header,
             ahead: 0,
-            joined: None,
+            joined: false,
+            asked: Vec::new(),
+            failed: None,
             stopping: false,
             awaited: false,
             interrupted: states.iter().map(|state| *state == LOADING).collect(),

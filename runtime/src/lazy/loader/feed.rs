@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -56,7 +57,7 @@ impl Loader {
     ) {
         let mut state = self.lock();
         let begun = state.header.phase().is_some_and(|phase| phase >= LoadPhase::Large);
-        while state.joined.is_none() && !state.stopping {
+        while !state.joined && !state.stopping {
             state = self.wait(state);
         }
         if state.stopping {
@@ -64,6 +65,7 @@ impl Loader {
         }
         if !begun {
             state.header.phase = LoadPhase::Small as u64;
+            self.put_header(&state);
             let open: Vec<usize> =
                 (0..state.stages.len()).filter(|index| matches!(state.stages[*index], Stage::Open)).collect();
             drop(state);
@@ -75,9 +77,8 @@ impl Loader {
                 .and_then(|pages| self.load_small(small, files(), pages, digests));
             state = self.lock();
             if let Err(error) = loaded {
-                if let Some((Some(mut stream), _)) = state.joined.take() {
-                    let _ = control::send(&mut stream, &Reply::Failed { error });
-                }
+                state.failed = Some(error);
+                self.reply(&mut state);
                 return;
             }
             state.header.loaded_files += count.0 + open.len() as u64;
@@ -89,7 +90,7 @@ impl Loader {
             state.header.phase = LoadPhase::Large as u64;
             self.put_header(&state);
         }
-        self.reply(&mut state, false);
+        self.reply(&mut state);
         loop {
             while state.ahead >= AHEAD && !state.stopping {
                 state = self.wait(state);
@@ -110,19 +111,22 @@ impl Loader {
         }
         state.header.phase = LoadPhase::Done as u64;
         self.put_header(&state);
-        self.reply(&mut state, true);
+        self.reply(&mut state);
         drop(state);
         self.wake_main();
     }
 
-    /// Answers who has told that the container has joined, if that is to be done now.
-    fn reply(&self, state: &mut State, all: bool) {
-        if let Some((stream, wanted)) = &mut state.joined
-            && *wanted == all
-            && let Some(mut stream) = stream.take()
-        {
-            let failed = all && state.header.failed_files > 0;
-            let reply = if failed {
+    /// Answers those who can be told something now.
+    pub(super) fn reply(&self, state: &mut State) {
+        let phase = state.header.phase();
+        let (small, all) =
+            (matches!(phase, Some(LoadPhase::Large | LoadPhase::Done)), phase == Some(LoadPhase::Done));
+        let failed = state.failed.clone();
+        let told = |(_, wanted): &mut (UnixStream, bool)| failed.is_some() || all || small && !*wanted;
+        for (mut stream, wanted) in state.asked.extract_if(.., told) {
+            let reply = if let Some(error) = failed.clone() {
+                Reply::Failed { error }
+            } else if wanted && state.header.failed_files > 0 {
                 let errors = self.progress.read().map(|status| status.errors).unwrap_or_default();
                 let first = errors.into_iter().next().unwrap_or_else(|| "no reason is known".to_owned());
                 let files = state.header.failed_files;

@@ -43,7 +43,7 @@ impl Main<'_> {
         // Who came before the signals did.
         self.look_at_leases()?;
         if let Ok(Some(init)) = files::joined(&self.loader.directory) {
-            self.join(&init, None, false);
+            self.join(&init);
         }
         loop {
             let mut fds = vec![
@@ -141,11 +141,17 @@ impl Main<'_> {
         let (mut stream, _) = self.listener.accept()?;
         match control::receive(&stream) {
             Ok(Some(Request::Join { init, all })) => {
-                if let Err(error) = files::put_joined(&self.loader.directory, &init) {
-                    let _ = control::send(&mut stream, &Reply::Failed { error: chain(&error) });
-                    return Ok(false);
+                // Another container that shares the filesystem waits only.
+                if self.init.is_none() {
+                    if let Err(error) = files::put_joined(&self.loader.directory, &init) {
+                        let _ = control::send(&mut stream, &Reply::Failed { error: chain(&error) });
+                        return Ok(false);
+                    }
+                    self.join(&init);
                 }
-                self.join(&init, Some(stream), all);
+                let mut state = self.loader.lock();
+                state.asked.push((stream, all));
+                self.loader.reply(&mut state);
                 Ok(false)
             }
             Ok(Some(Request::Leave)) => {
@@ -165,9 +171,9 @@ impl Main<'_> {
         }
     }
 
-    fn join(&mut self, init: &InitRecord, stream: Option<UnixStream>, all: bool) {
+    fn join(&mut self, init: &InitRecord) {
         self.join_cgroup(init);
-        self.loader.lock().joined = Some((stream, all));
+        self.loader.lock().joined = true;
         self.loader.changed.notify_all();
     }
 
