@@ -18,8 +18,9 @@ mod at_gate;
 mod away;
 mod feed;
 mod main_thread;
+mod priority;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{OwnedFd, RawFd};
@@ -40,6 +41,7 @@ use super::{LazyError, LoadPhase, at};
 use crate::cli::chain;
 use away::Away;
 use main_thread::Main;
+use priority::Priority;
 
 /// Third argument of the process.
 pub(super) const ARGUMENT: &str = "loader";
@@ -67,6 +69,9 @@ struct State {
     /// Why the small files can't be loaded.
     failed: Option<String>,
     stopping: bool,
+    /// Files that somebody waits for.
+    wanted: HashSet<usize>,
+    priority: Priority,
     /// Whether main is to be told when a file is settled.
     awaited: bool,
     /// Files whose interrupted loading is begun again.
@@ -155,6 +160,8 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
             asked: Vec::new(),
             failed: None,
             stopping: false,
+            wanted: HashSet::new(),
+            priority: Priority::default(),
             awaited: false,
             interrupted: states.iter().map(|state| *state == LOADING).collect(),
         }),

@@ -90,7 +90,9 @@ impl Loader {
             state.header.phase = LoadPhase::Large as u64;
             self.put_header(&state);
         }
+        state.priority.begin_background();
         self.reply(&mut state);
+        self.prioritise(&mut state);
         loop {
             while state.ahead >= AHEAD && !state.stopping {
                 state = self.wait(state);
@@ -178,11 +180,10 @@ impl Loader {
         state.ahead += pending.bytes();
         let interrupted = state.interrupted[index];
         if urgent {
-            state.header.waiting_files += 1;
-            self.put_header(&state);
+            self.want(index, &mut state);
         }
         drop(state);
-        let settle = Settle { loader: self.clone(), index, urgent, loaded: Arc::new(AtomicBool::new(false)) };
+        let settle = Settle { loader: self.clone(), index, loaded: Arc::new(AtomicBool::new(false)) };
         let begun = match (self.quiet, interrupted) {
             (true, _) => Ok(None),
             (false, true) => {
@@ -231,23 +232,34 @@ impl Loader {
     }
 }
 
+impl Loader {
+    /// Somebody waits for a file that isn't settled yet.
+    pub(super) fn want(&self, index: usize, state: &mut State) {
+        if state.wanted.insert(index) {
+            state.header.waiting_files += 1;
+            self.prioritise(state);
+            self.put_header(state);
+        }
+    }
+}
+
 /// What is left to do when the load has let go of a large file.
 struct Settle {
     loader: Arc<Loader>,
     index: usize,
-    urgent: bool,
     loaded: Arc<AtomicBool>,
 }
 
 impl Settle {
     fn run(self) {
-        let Self { loader, index, urgent, loaded } = self;
+        let Self { loader, index, loaded } = self;
         let loaded = loaded.load(Ordering::Acquire);
         loader.settle_at_gate(index, loaded);
         let bytes = loader.large[index].bytes();
         let mut state = loader.lock();
         state.ahead -= bytes;
-        state.header.waiting_files -= u64::from(urgent);
+        state.header.waiting_files -= u64::from(state.wanted.remove(&index));
+        loader.prioritise(&mut state);
         if loaded {
             state.stages[index] = Stage::Loaded;
             state.header.loaded_files += 1;

@@ -130,9 +130,12 @@ impl Main<'_> {
 
     fn load_next(&self, index: usize) {
         // Its descriptor's number may stand for another one by now: then one is loaded early.
-        let take = self.loader.lock().schedule.take(index);
-        if take {
+        let mut state = self.loader.lock();
+        if state.schedule.take(index) {
+            drop(state);
             self.loader.load(index, self.large, true);
+        } else if matches!(state.stages[index], Stage::Loading) {
+            self.loader.want(index, &mut state);
         }
     }
 
@@ -152,6 +155,7 @@ impl Main<'_> {
                 let mut state = self.loader.lock();
                 state.asked.push((stream, all));
                 self.loader.reply(&mut state);
+                self.loader.prioritise(&mut state);
                 Ok(false)
             }
             Ok(Some(Request::Leave)) => {
