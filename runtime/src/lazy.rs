@@ -11,7 +11,8 @@
 //!
 //! Two processes for each filesystem that isn't complete yet, which need no shim: the *loader* does the work
 //! ([`loader`]), the *keeper* answers who waits at the gate and starts another loader if that dies ([`keeper`]). Both have
-//! every descriptor of the gate, so nobody is let in to what isn't there unless both are killed at once. They run this library's code in the program that
+//! every descriptor of the gate, and whoever made the sandbox, the shim, holds it too ([`HeldGate`]): nobody is let in to what isn't there,
+//! whichever of them are killed, unless it is all three. They run this library's code in the program that
 //! the caller names ([`run`]), and find what they need in the filesystem's state directory ([`files`]). Pages are
 //! charged to the memory cgroup of the container, since the loader is in it; it isn't in the container's freezer, so a
 //! paused container's files are loaded, too.
@@ -37,12 +38,15 @@ mod unloaded;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{SigSet, Signal};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use stillframe_pgalloc::{LoadError, PagesMeta, can_install};
 use stillframe_tmpfs::lazy::{PendingFile, SmallFiles};
 
@@ -70,6 +74,11 @@ pub enum Load {
         eager: bool,
     },
 }
+
+/// A gate that nobody gets through but by its keeper's or loader's answer, for as long as this lives: to be kept by whoever made the
+/// sandbox until that is gone. It costs a descriptor; once all is loaded, it stands for nothing.
+#[derive(Debug)]
+pub struct HeldGate(#[expect(dead_code, reason = "what counts is that it is open")] OwnedFd);
 
 /// First argument with which a program is to call [`run`].
 pub const ARGUMENT: &str = "load";
@@ -138,7 +147,7 @@ pub(crate) fn start(
     huge: bool,
     (pages, pages_path): (&File, &Path),
     meta: &PagesMeta,
-) -> Result<(), LazyError> {
+) -> Result<Option<HeldGate>, LazyError> {
     // Huge pages come only by writing. It changes times for as long as a file is loaded.
     let quiet = can_install() && !huge;
     let pages_path = pages_path.to_owned();
@@ -157,7 +166,7 @@ pub(crate) fn start(
     let output = child.stdout.take().expect("it is piped");
     BufReader::new(output).read_line(&mut answer).map_err(failed)?;
     match answer.trim_end() {
-        keeper::READY => Ok(()),
+        keeper::READY => Ok(hold(&child, directory)),
         "" => {
             // In a shim somebody else may have asked for its end already.
             let ended = child.wait().map_or_else(|_| "early".to_owned(), |status| format!("with {status}"));
@@ -165,6 +174,19 @@ pub(crate) fn start(
         }
         told => Err(LazyError::Told(told.to_owned())),
     }
+}
+
+/// Holds the gate as well: where keeper and loader are both killed, who waits at it goes on waiting, and can be killed.
+fn hold(keeper: &Child, directory: &Path) -> Option<HeldGate> {
+    let group = files::processes(directory).ok().flatten()?.group?;
+    let held = Pid::from_raw(keeper.id().cast_signed()).ok_or(Errno::SRCH).and_then(|pid| {
+        let keeper = pidfd_open(pid, PidfdFlags::empty())?;
+        pidfd_getfd(keeper, group, PidfdGetfdFlags::empty())
+    });
+    if let Err(error) = &held {
+        tracing::warn!(%error, "should keeper and loader be killed at once, nobody holds the gate");
+    }
+    held.ok().map(HeldGate)
 }
 
 /// Whether a container that has the filesystem has to wait for files before its program runs: for the small ones, which nothing keeps

@@ -30,7 +30,7 @@ use stillframe_tmpfs::private::{self};
 use stillframe_tmpfs::{Ids, ResourceId};
 
 use crate::image::Image;
-use crate::lazy::{self, Load};
+use crate::lazy::{self, HeldGate, Load};
 use crate::manifest::{Manifest, Offsets, PrivateFormat};
 pub use crate::restore::error::RestoreError;
 
@@ -153,7 +153,8 @@ pub fn restore(
     pairs: &[(usize, usize)],
     devices: bool,
     load: &Load,
-) -> Result<RestoreResult, RestoreError> {
+) -> Result<(RestoreResult, Vec<HeldGate>), RestoreError> {
+    let mut gates = Vec::new();
     let mut result = report(&image.manifest, targets, pairs);
     let mut jobs = Vec::new();
     for (index, target) in pairs.iter().filter(|(_, target)| targets[*target].fresh) {
@@ -164,7 +165,8 @@ pub fn restore(
     let (image_path, pages_path) = (image.path().to_owned(), image.pages_path().to_owned());
     for Job { tree, target, options, .. } in jobs.iter().filter(|job| matches!(job.way, Way::Names)) {
         let Load::Apart { program, .. } = load else { unreachable!("decided by `prepare`") };
-        let pending = behind(&image, tree, target, options, program)?;
+        let (pending, gate) = behind(&image, tree, target, options, program)?;
+        gates.extend(gate);
         result.entries += tree.inodes();
         result.behind_files += pending.0;
         result.behind_bytes += pending.1;
@@ -213,7 +215,7 @@ pub fn restore(
         }
     }
     result.bytes = loaded.bytes;
-    Ok(result)
+    Ok((result, gates))
 }
 
 /// Decodes a filesystem of the image, decides how it is restored, and judges whether it fits.
@@ -261,21 +263,22 @@ fn behind(
     target: &Target,
     options: &BuildOptions,
     program: &Path,
-) -> Result<(u64, u64), RestoreError> {
+) -> Result<((u64, u64), Option<HeldGate>), RestoreError> {
     let id = || target.id.clone();
     let root = open_root(&target.mountpoint).map_err(|source| RestoreError::Open { id: id(), source })?;
     let (large, small) = build_names(&root, tree, options, lazy::LARGE)
         .map_err(|source| RestoreError::Build { id: id(), source })?;
     let bytes = large.iter().map(PendingFile::bytes).sum::<u64>() + small.bytes();
     let sum = ((large.len() + small.len()) as u64, bytes);
+    let mut gate = None;
     if sum.0 > 0 {
         let directory = target.mountpoint.parent().expect("it is in the filesystem's directory");
         let huge = takes_huge_pages(&root, tree);
         let files = (large, small);
-        lazy::start(program, directory, files, huge, (&image.pages, image.pages_path()), &image.meta)
+        gate = lazy::start(program, directory, files, huge, (&image.pages, image.pages_path()), &image.meta)
             .map_err(|source| RestoreError::Behind { id: id(), source })?;
     }
-    Ok(sum)
+    Ok((sum, gate))
 }
 
 /// The size of a fresh filestore, if it can become the saved one: not if that is larger, nor if the number of inodes

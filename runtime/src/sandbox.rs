@@ -21,7 +21,7 @@ use crate::image::Image;
 use crate::image_source;
 use crate::images::{self, Images};
 use crate::lazy;
-pub use crate::lazy::{Away, LazyError, Load, LoadPhase, LoadStatus};
+pub use crate::lazy::{Away, HeldGate, LazyError, Load, LoadPhase, LoadStatus};
 use crate::manifest::{Manifest, SavedContainer};
 use crate::plan::{PlannedMount, plan};
 use crate::process;
@@ -63,6 +63,8 @@ pub struct Prepared {
     /// The image, where it holds the container's processes as well, and the filesystems are as they knew them: they can be restored
     /// from its directory.
     pub processes: Option<PathBuf>,
+    /// To be kept until the sandbox is gone, as far as that can be: see [`HeldGate`].
+    pub gates: Vec<HeldGate>,
 }
 
 /// Whether the image has processes, and they are this container's. In a pod several may be given the same image by the pod's
@@ -245,7 +247,7 @@ impl Sandbox {
                 maker.copy_up(number)?;
             }
         }
-        let mut outlived = false;
+        let (mut outlived, mut gates) = (false, Vec::new());
         for (_, target) in &pairs {
             let Target { name, fresh, .. } = &maker.targets[*target];
             let record = locked.dir().filesystem(name)?;
@@ -260,7 +262,9 @@ impl Sandbox {
                 // Processes that come back have their files open already.
                 let whole = holds_processes_of(&image.manifest, maker.record, is_meant(request, &original));
                 let load = if whole { &Load::InPrepare } else { &request.load };
-                let mut restored = restore(image, &maker.targets, &pairs, spec.may_make_devices(), load)?;
+                let (mut restored, held) =
+                    restore(image, &maker.targets, &pairs, spec.may_make_devices(), load)?;
+                gates = held;
                 restored.unused.retain(|id| !of_others.contains(id));
                 maker.mark_restoring(&restoring, false)?;
                 locked.put_restored(&maker.record.name)?;
@@ -277,7 +281,7 @@ impl Sandbox {
         }
         spec.write()?;
         let filesystems = targets.into_iter().map(|target| target.id).collect();
-        Ok((Prepared { filesystems, restored, processes: None }, outlived))
+        Ok((Prepared { filesystems, restored, processes: None, gates }, outlived))
     }
 
     fn config(&self) -> Result<Config, ConfigError> {

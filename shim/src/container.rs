@@ -28,6 +28,7 @@ use containerd_shim::protos::events::task::{
 };
 use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::LinuxResources;
+use stillframe_runtime::sandbox::HeldGate;
 use tokio::sync::oneshot;
 
 use crate::ahead::Copied;
@@ -59,6 +60,8 @@ pub struct Shim {
     pub publisher: Publisher,
     /// Names of containers that got processes from an image: one that is made again starts anew.
     pub restored: Mutex<HashSet<String>>,
+    /// Gates of filesystems that were restored, also of those that other containers of the pod have by now.
+    pub gates: Mutex<Vec<HeldGate>>,
 }
 
 /// See the module's documentation.

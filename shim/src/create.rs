@@ -114,7 +114,9 @@ impl Making<'_> {
             image = Some(fetch::fetch(self.shim, name, images).await.map_err(failed)?);
         }
         let runtime = driver::binary(&self.options);
-        let processes = self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image).await?;
+        let (processes, gates) =
+            self.filesystems.prepare(self.bundle.clone(), rootfs, runtime, image).await?;
+        self.shim.gates.lock().expect("only ever added to").extend(gates);
         drop(images);
         self.phase = Phase::Prepared;
 

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use stillframe_runtime::images::Images;
-use stillframe_runtime::sandbox::{Ahead, Away, CheckpointRequest, Load, PrepareRequest, Sandbox};
+use stillframe_runtime::sandbox::{Ahead, Away, CheckpointRequest, HeldGate, Load, PrepareRequest, Sandbox};
 
 use crate::error::TaskError;
 
@@ -53,14 +53,14 @@ impl Filesystems {
 
     /// Mounts the container's filesystems, with the contents of the image at `restore_from` if there is one, and rewrites the
     /// bundle's config.json to use them. Undoes everything on error. `runtime` is the command of runc. Gives the image's directory if it holds
-    /// the container's processes, too.
+    /// the container's processes, too, and what the shim has to keep while it lives.
     pub async fn prepare(
         &self,
         bundle: PathBuf,
         rootfs: PathBuf,
         runtime: PathBuf,
         restore_from: Option<PathBuf>,
-    ) -> Result<Option<PathBuf>, TaskError> {
+    ) -> Result<(Option<PathBuf>, Vec<HeldGate>), TaskError> {
         let container_id = self.container_id.clone();
         // By this program, which is there for sure: see `load`.
         let load = Load::Apart { program: "/proc/self/exe".into(), eager: false };
@@ -69,7 +69,7 @@ impl Filesystems {
         if let Some(restored) = prepared.restored {
             tracing::info!(container = self.container_id, bytes = restored.bytes, ?restored, "restored");
         }
-        Ok(prepared.processes)
+        Ok((prepared.processes, prepared.gates))
     }
 
     /// Where an image of containerd's can be unpacked for the sandbox; it stays while what is returned lives.

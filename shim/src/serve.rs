@@ -65,6 +65,7 @@ pub async fn serve(flags: &Flags) -> Result<(), ServeError> {
         reaper,
         publisher: publisher.clone(),
         restored: Mutex::default(),
+        gates: Mutex::default(),
     });
     let exit = Arc::new(ExitSignal::default());
     let mut server = server(TaskService::new(shim, exit.clone()), listener)?;

@@ -374,6 +374,7 @@ mod tests {
             reaper: Arc::new(Reaper::default()),
             publisher,
             restored: Mutex::default(),
+            gates: Mutex::default(),
         };
         let exit = Arc::new(ExitSignal::default());
         (TaskService::new(Arc::new(shim), exit.clone()), exit)
