@@ -18,6 +18,8 @@ use crate::selected::Selected;
 
 /// Bytes that are compressed at once.
 const PIECE: usize = 256 << 10;
+/// zstd's fastest without a loss worth speaking of; it is used while somebody waits.
+const LEVEL: i32 = 1;
 
 /// Where a filesystem's archive is.
 pub(crate) enum Archive {
@@ -60,7 +62,7 @@ pub(crate) struct Compressor(zstd::bulk::Compressor<'static>);
 
 impl Compressor {
     pub(crate) fn new() -> io::Result<Self> {
-        zstd::bulk::Compressor::new(zstd::DEFAULT_COMPRESSION_LEVEL.min(1)).map(Self)
+        zstd::bulk::Compressor::new(LEVEL).map(Self)
     }
 
     pub(crate) fn compress(&mut self, bytes: &[u8]) -> io::Result<Vec<u8>> {
