@@ -416,9 +416,8 @@ fn commit(
     let mut offsets = Vec::new();
     let mut to_write = Vec::new();
     for ((selected, read), live) in selected.iter().zip(filesystems).zip(&mut lives.filesystems) {
-        let ids = selected.ids.clone();
         offsets.push(read.offsets);
-        to_write.push(ToWrite { selected, ids, archive: read.archive, live: live.as_mut() });
+        to_write.push(ToWrite { selected, archive: read.archive, live: live.as_mut() });
     }
     let tree = trees::write(tree, to_write, &image)?;
     let describe = |((selected, offsets), Described { start, end, length, summary }): (

@@ -11,11 +11,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use behind::{contents, lazy_pod, pod_with, sleep};
+use behind::{begin, contents, end, lazy_pod, pod_with, sleep};
 use pod::Pod;
 use stillframe_runtime::sandbox::{LoadPhase, LoadStatus};
 
@@ -78,16 +78,6 @@ fn save() -> Saved {
     let attributes = attributes(&root);
     pod.checkpoint("c", &image, &[]).unwrap();
     Saved { dir, image, attributes }
-}
-
-fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
-    let (done, result) = mpsc::channel();
-    thread::spawn(move || done.send(work()));
-    result
-}
-
-fn end<T>(result: &Receiver<T>) -> T {
-    result.recv_timeout(Duration::from_secs(60)).expect("it goes on")
 }
 
 /// Reads large files from a thread each, and compares them.

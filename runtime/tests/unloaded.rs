@@ -17,11 +17,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use behind::{contents, lazy_pod, sleep};
+use behind::{begin, contents, end, lazy_pod, sleep};
 use pod::Pod;
 use reads::Reads;
 use stillframe_runtime::freezer::{Cgroup, FREEZE_TIMEOUT};
@@ -145,16 +145,6 @@ fn held(saved: &Saved, config: &str) -> (Pod, Reads) {
     let reads = Reads::of(&saved.image.join("pages.img"), started);
     pod.prepare("c", config, Some(&saved.image)).unwrap();
     (pod, reads)
-}
-
-fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
-    let (done, result) = mpsc::channel();
-    thread::spawn(move || done.send(work()));
-    result
-}
-
-fn end<T>(result: &Receiver<T>) -> T {
-    result.recv_timeout(Duration::from_secs(60)).expect("it goes on")
 }
 
 fn checkpoint(

@@ -73,7 +73,7 @@ impl Ahead {
         progress.enter(Phase::Copy);
         let canceller = pages.canceller();
         let (done, wait) = channel::<()>();
-        let lives = thread::scope(|scope| {
+        let mut lives = thread::scope(|scope| {
             let watch = move || {
                 if wait.recv_timeout(LONGEST) == Err(RecvTimeoutError::Timeout) {
                     canceller.cancel();
@@ -92,7 +92,6 @@ impl Ahead {
         if let Err(error) = File::open(&path).and_then(|file| file.sync_all()) {
             tracing::debug!(%error, "the pages file isn't durable before the pause");
         }
-        let mut lives = lives;
         lives.prepare(&selected);
         let filesystems = selected.into_iter().map(|selected| selected.name).collect();
         Ok(Some(Self { container: id.to_owned(), pages_dir, filesystems, lives, pages, path }))

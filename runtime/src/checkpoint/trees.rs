@@ -6,7 +6,6 @@
 
 use std::io::{self, Write};
 
-use stillframe_tmpfs::Ids;
 use stillframe_tmpfs::live::{Compressed, Live};
 use stillframe_tmpfs::save::TreeSummary;
 
@@ -51,7 +50,6 @@ pub(crate) struct Written {
 /// A filesystem whose archive is to be written.
 pub(crate) struct ToWrite<'a> {
     pub(crate) selected: &'a Selected,
-    pub(crate) ids: Ids,
     /// `None` while it is in memory, in `live`.
     pub(crate) archive: Option<(Archive, TreeSummary)>,
     pub(crate) live: Option<&'a mut Live>,
@@ -88,7 +86,7 @@ pub(crate) fn write(
         None => PartWriter::new(image.file(image::TREE)?),
     };
     let (mut starts, mut summaries) = (Vec::new(), Vec::new());
-    for ToWrite { selected, ids, archive, live } in filesystems {
+    for ToWrite { selected, archive, live } in filesystems {
         let mut start = part.position();
         let summary = match (archive, live) {
             (Some((Archive::Written(at), summary)), _) => {
@@ -100,7 +98,7 @@ pub(crate) fn write(
                 summary
             }
             (None, Some(live)) => {
-                let written = live.write(&ids, part);
+                let written = live.write(&selected.ids, part);
                 let written = written.map_err(|source| {
                     save_failed(&selected.record.resource_id, &image.pages_path(), source)
                 })?;
@@ -127,7 +125,7 @@ fn write_compressed(
     let mut compressor = Compressor::new().map_err(failed)?;
     let mut compress = |bytes: &[u8]| compressor.compress(bytes);
     let mut archives = Vec::new();
-    for ToWrite { selected, ids, archive, live } in filesystems.iter_mut() {
+    for ToWrite { selected, archive, live } in filesystems.iter_mut() {
         archives.push(match (archive, live) {
             (Some((Archive::Kept(archive), summary)), _) => {
                 let pieces = archive.chunks(PIECE).map(&mut compress).collect::<io::Result<_>>();
@@ -135,7 +133,7 @@ fn write_compressed(
                 Compressed { pieces, length, summary: *summary }
             }
             (None, Some(live)) => live
-                .compressed(ids, &mut compress)
+                .compressed(&selected.ids, &mut compress)
                 .map_err(|source| save_failed(&selected.record.resource_id, &image.pages_path(), source))?,
             (Some((Archive::Written(_), _)) | None, _) => unreachable!("nothing was written at once"),
         });

@@ -2,6 +2,9 @@
 #![allow(dead_code, reason = "each test program uses some of it")]
 
 use std::process::Command;
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::Duration;
 
 use stillframe_runtime::sandbox::Load;
 
@@ -34,4 +37,16 @@ pub fn sleep() -> Command {
     let mut command = Command::new("sleep");
     command.arg("1000");
     command
+}
+
+/// Does it in a thread of its own.
+pub fn begin<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+    let (done, result) = mpsc::channel();
+    thread::spawn(move || done.send(work()));
+    result
+}
+
+/// What has come of it.
+pub fn end<T>(result: &Receiver<T>) -> T {
+    result.recv_timeout(Duration::from_secs(60)).expect("it goes on")
 }

@@ -26,7 +26,7 @@ pub(crate) struct Node {
     pub(crate) stat: Stat,
     pub(crate) xattrs: Vec<Xattr>,
     pub(crate) body: Body,
-    /// The number of the piece of the archive that its first name is in, once it is in one.
+    /// The number of a piece of the archive that it is in, once it is in one.
     pub(crate) piece: u32,
 }
 

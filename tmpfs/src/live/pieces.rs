@@ -104,8 +104,8 @@ impl Live {
             inodes.push(visit.inode);
         }
         let numbers = (0..).zip(&pieces).flat_map(|(number, piece)| iter::repeat_n(number, piece.names));
-        // Its first name counts, so it is set last.
-        for (inode, number) in inodes.into_iter().zip(numbers).collect::<Vec<_>>().into_iter().rev() {
+        // Of an inode with several names any will do: no piece with such a one is made again alone.
+        for (inode, number) in inodes.into_iter().zip(numbers) {
             self.model.nodes.entry(inode).and_modify(|node| node.piece = number);
         }
         self.pieces = Some(Pieces { pieces, altered: HashSet::new() });
