@@ -379,6 +379,22 @@ fn await_that(what: &str, is: impl Fn() -> bool) {
     }
 }
 
+/// The same, for what comes once some more was read: how much depends on what had been begun.
+fn await_reading(reads: &Reads, what: &str, mut is: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        // Time to come, so that not all is read before it does.
+        for _ in 0..50 {
+            if is() {
+                return;
+            }
+            thread::sleep(Duration::from_millis(4));
+        }
+        assert!(Instant::now() < deadline, "{what}");
+        reads.pass(4);
+    }
+}
+
 #[test]
 fn those_who_wait_for_a_file_are_answered_before_a_freeze_and_the_loader_comes_back_after_it() {
     let hierarchy = Path::new("/sys/fs/cgroup/memory");
@@ -420,12 +436,15 @@ fn those_who_wait_for_a_file_are_answered_before_a_freeze_and_the_loader_comes_b
     await_that("the loader leaves", || memory_cgroup(loader) == home);
     let early = before.recv_timeout(Duration::from_millis(50));
     assert!(matches!(early, Err(RecvTimeoutError::Timeout)), "somebody waits still");
-    reads.pass(24);
-    let away = end(&before);
+    let mut away = None;
+    await_reading(&reads, "it is answered", || {
+        away = before.try_recv().ok();
+        away.is_some()
+    });
     let cgroup = pod.processes[0].1.clone();
     fs::write(cgroup.join("cgroup.freeze"), "1").unwrap();
     let is_frozen = || fs::read_to_string(cgroup.join("cgroup.events")).unwrap().contains("frozen 1");
-    await_that("it freezes", is_frozen);
+    await_reading(&reads, "it freezes", is_frozen);
     drop(away);
     // It has looked at that when it has dealt with what it was told afterwards, twice, since it polls.
     for _ in 0..2 {
