@@ -20,7 +20,8 @@
 //! - **Inode flags and access times** aren't reported either. They are asked for once more after the thaw (`verify`): what has
 //!   the same ctime, or one from before the thaw, is now as it was under the freeze. Not seen are changes of flags on
 //!   an inode that is changed once more between the thaw and `verify`, or within the kernel's tick before the thaw (4 ms at 250 Hz);
-//!   then the image has the older flags. The same goes for the access time.
+//!   then the image has the older flags; and one that is in the midst of being made when it is asked for may be in the image. The
+//!   same goes for the access time.
 //! - `verify` also finds what changed before the thaw without having been read: an error, since the image would be wrong.
 //!   It can't find stores through mappings.
 //! - Lost events, or any that can't be understood, are a [`Doubt`]: then everything is read again, under the freeze.
