@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench install setup setup-test build probe release fuzz
+.PHONY: demo test check bench install setup setup-test build probe writers release fuzz
 
 CARGO ?= cargo
 PREFIX ?= /usr/local
@@ -18,7 +18,6 @@ export CARGO_TARGET_DIR
 
 HOST = $$(rustc -vV | sed -n 's/^host: //p')
 OTHERS = --package stillframe-integration --package stillframe-runtime
-BUILT = $(OTHERS) --package stillframe-shim
 PROGRAMS = containerd-shim-stillframe-v1 stillframe
 
 # The shim of a release has its libraries in it, where the machine has a static C library: shared ones take 1.3 MB more of
@@ -33,14 +32,19 @@ setup:
 setup-test:
 	@scripts/setup test
 
-# Linked statically, since it runs in an image without libraries; for a named target, since the flag that does
+# Linked statically, since they run in an image without libraries; for a named target, since the flag that does
 # it must not reach build scripts and macros.
-probe:
-	$(CARGO) rustc --release --package stillframe-probe --bin stillframe-probe --target "$(HOST)" \
-		-- -C target-feature=+crt-static -C strip=symbols
+IN_IMAGE = --target "$(HOST)" -- -C target-feature=+crt-static -C strip=symbols
 
-build: probe
-	$(CARGO) build --bins $(BUILT)
+probe:
+	$(CARGO) rustc --release --package stillframe-probe --bin stillframe-probe $(IN_IMAGE)
+
+writers:
+	$(CARGO) rustc --release --package stillframe-writers --bin stillframe-writers $(IN_IMAGE)
+
+# With the tests: alone, the programs would have other features of what they share with them, and all of that be built twice.
+build: probe writers
+	$(CARGO) build --workspace --bins --tests
 
 release: probe
 	$(CARGO) build --bins $(OTHERS) --release

@@ -24,12 +24,18 @@ pub fn program(name: &str) -> PathBuf {
 
 /// The probe, which is built for a target of its own because it's linked statically.
 pub fn probe() -> PathBuf {
-    if let Some(probe) = env::var_os("STILLFRAME_PROBE") {
-        return PathBuf::from(probe);
-    }
+    env::var_os("STILLFRAME_PROBE").map_or_else(|| in_image("stillframe-probe"), PathBuf::from)
+}
+
+/// The writers, which are linked statically, too.
+pub fn writers() -> PathBuf {
+    in_image("stillframe-writers")
+}
+
+fn in_image(name: &str) -> PathBuf {
     let target = directory().parent().expect("a profile's directory is in the target directory").to_owned();
     let triple = format!("{}-unknown-linux-gnu", env::consts::ARCH);
-    existing(target.join(triple).join("release/stillframe-probe"), "stillframe-probe")
+    existing(target.join(triple).join("release").join(name), name)
 }
 
 /// A program of the system, by its name, as a shell would find it; also in `sbin`, where runc is on Debian.

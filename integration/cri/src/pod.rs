@@ -68,6 +68,13 @@ impl<'a> PodSpec<'a> {
         self
     }
 
+    /// With containers that may be privileged.
+    pub fn privileged(mut self) -> Self {
+        let linux = self.config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().privileged = true;
+        self
+    }
+
     /// Which processes its containers see, and whose shared memory they have.
     pub fn namespaces(mut self, change: impl FnOnce(&mut api::NamespaceOption)) -> Self {
         let linux = self.config.linux.get_or_insert_default();
@@ -201,6 +208,13 @@ impl<'a> PodContainerSpec<'_, 'a> {
     pub fn capability(mut self, name: &str) -> Self {
         let security = self.config.linux.get_or_insert_default().security_context.get_or_insert_default();
         security.capabilities.get_or_insert_default().add_capabilities.push(name.to_owned());
+        self
+    }
+
+    /// With all capabilities and the host's devices, in a pod that allows it.
+    pub fn privileged(mut self) -> Self {
+        let linux = self.config.linux.get_or_insert_default();
+        linux.security_context.get_or_insert_default().privileged = true;
         self
     }
 

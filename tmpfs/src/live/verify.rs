@@ -272,7 +272,8 @@ mod tests {
         };
         let thaw = time(20);
         // Its ctime is set last.
-        let halfway = Stat { size: 1, mtime: time(21), mode: libc::S_IFREG, uid: 3, gid: 4, links: 2, ..read };
+        let halfway =
+            Stat { size: 1, mtime: time(21), mode: libc::S_IFREG, uid: 3, gid: 4, links: 2, ..read };
         assert_eq!(compare(&read, &halfway, thaw), Now::Same(read));
         let changed = Stat { ctime: time(21), ..halfway };
         assert_eq!(compare(&read, &changed, thaw), Now::Changed);

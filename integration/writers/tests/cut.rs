@@ -2,125 +2,30 @@
 //! did, with everything before one instant in it and nothing after.
 //!
 //! Each writer's steps are numbered, and its directory in the image must be what it was after one of them
-//! (`support/writers.rs`). All writers, in two containers, take numbers from one clock before and after each step: if a step
+//! ([`stillframe_writers`]). All writers, in two containers, take numbers from one clock before and after each step: if a step
 //! is in the image that began after another one had ended, that one must be in it, too. So nothing is taken from a
-//! freeze that wasn't one.
+//! freeze that wasn't one. `STILLFRAME_CUT_ROUNDS` is how many images are taken, `STILLFRAME_CUT_SHOW` shows what came of each.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Barrier;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use stillframe_cri::{Cri, MemoryVolume};
+use stillframe_integration::{ContainerdVersion, binaries};
 use stillframe_runtime::image::Image;
-use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult};
 use stillframe_tmpfs::entry::Kind;
+use stillframe_writers::{ALL, Log, SQLITE, Seen, Tree, steps_of_database};
 
-#[path = "support/pod.rs"]
-mod pod;
-#[path = "support/sys.rs"]
-mod sys;
-#[path = "support/writers.rs"]
-mod writers;
-
-use pod::Pod;
-use writers::{ALL, Seen, Tree};
-
-const DIRECTORY: &str = "STILLFRAME_TEST_CUT";
-/// Names of the containers and of their writers: every other one.
+/// The containers; each has every other writer.
 const CONTAINERS: [&str; 2] = ["a", "b"];
 const ROUNDS: u64 = 3;
-/// Steps of each writer that are remembered.
-const REMEMBERED: u64 = 1 << 16;
-/// Numbers kept of each: which step, when it began, when it ended.
-const FIELDS: u64 = 3;
-
-/// Members of a config.json: a filesystem in memory that both containers have.
-fn config() -> String {
-    let hint = [("source", "shared"), ("medium", "memory"), ("share", "pod"), ("options", "size=1g")]
-        .map(|(field, value)| format!(r#""dev.stillframe.mount.vol.{field}":"{value}""#));
-    let mount = r#"{"destination":"/data","type":"bind","source":"shared","options":["rbind"]}"#;
-    format!(r#""annotations":{{{}}},"mounts":[{mount}]"#, hint.join(","))
-}
-
-/// What the writers did, in memory that they share with the test: a clock, and then for each writer its last steps.
-struct Log {
-    map: memmap2::MmapMut,
-}
-
-impl Log {
-    fn open(path: &Path) -> Self {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
-        file.set_len(8 * (1 + ALL.len() as u64 * REMEMBERED * FIELDS)).unwrap();
-        Self { map: sys::map_shared(&file).unwrap() }
-    }
-
-    fn tick(&self) -> u64 {
-        sys::atomics(&self.map)[0].fetch_add(1, SeqCst) + 1
-    }
-
-    fn entry(&self, writer: usize, step: u64) -> &[AtomicU64] {
-        let at = 1 + (writer as u64 * REMEMBERED + step % REMEMBERED) * FIELDS;
-        &sys::atomics(&self.map)[at as usize..(at + FIELDS) as usize]
-    }
-
-    /// When a step began and ended, 0 if it hasn't; `None` if it isn't remembered any more.
-    fn times(&self, writer: usize, step: u64) -> Option<(u64, u64)> {
-        let entry = self.entry(writer, step);
-        match entry[0].load(SeqCst) {
-            there if there == step => Some((entry[1].load(SeqCst), entry[2].load(SeqCst))),
-            there if there < step => Some((0, 0)),
-            _ => None,
-        }
-    }
-}
-
-#[test]
-#[ignore = "a container of the other test"]
-fn container() {
-    let Some(asked) = std::env::var_os(DIRECTORY) else { return };
-    let asked = asked.into_string().unwrap();
-    let [part, mount, log] = asked.split(':').collect::<Vec<_>>()[..] else { panic!("{asked}") };
-    let (part, mount, log) = (part.parse::<usize>().unwrap(), Path::new(mount), Log::open(Path::new(log)));
-    let mine: Vec<_> =
-        ALL.iter().enumerate().filter(|(number, _)| number % CONTAINERS.len() == part).collect();
-    let ready = Barrier::new(mine.len() + 1);
-    std::thread::scope(|scope| {
-        for (number, writer) in mine {
-            let (log, ready) = (&log, &ready);
-            scope.spawn(move || {
-                let dir = mount.join(writer.name);
-                fs::create_dir(&dir).unwrap();
-                let counter = File::create(dir.join("counter")).unwrap();
-                counter.write_all_at(&0u64.to_le_bytes(), 0).unwrap();
-                let mut step = (writer.start)(&dir);
-                ready.wait();
-                let started = Instant::now();
-                for s in 1.. {
-                    // At full rate for one second, and then for one so that a checkpoint has time to be short.
-                    if started.elapsed().as_secs().is_multiple_of(2) {
-                        std::thread::sleep(Duration::from_micros(200));
-                    }
-                    let entry = log.entry(number, s);
-                    let begun = log.tick();
-                    entry[2].store(0, SeqCst);
-                    entry[1].store(begun, SeqCst);
-                    entry[0].store(s, SeqCst);
-                    step(s);
-                    counter.write_all_at(&s.to_le_bytes(), 0).unwrap();
-                    entry[2].store(log.tick(), SeqCst);
-                }
-            });
-        }
-        ready.wait();
-        println!("writing");
-        std::io::stdout().flush().unwrap();
-    });
-}
+/// Files that nobody touches, so that copying takes a while, and their size.
+const IDLE: (u64, usize) = (2000, 20_000);
 
 /// What the image says of each directory at the root.
 fn trees(image: &Path) -> HashMap<String, Tree> {
@@ -201,9 +106,9 @@ fn steps(image: &Path, context: &str) -> BTreeMap<usize, (u64, u64)> {
         let s = u64::from_le_bytes(content.try_into().unwrap());
         // Half of a step that takes several calls.
         tree.remove("new");
-        if name == writers::SQLITE {
+        if name == SQLITE {
             let scratch = tempfile::tempdir_in("/dev/shm").unwrap();
-            let (_, last) = writers::steps_of_database(&tree, scratch.path())
+            let (_, last) = steps_of_database(&tree, scratch.path())
                 .unwrap_or_else(|error| panic!("{name} at step {s}: {error} {context}"));
             assert!(last == s || last == s + 1, "{name} is at step {last}, not {s} {context}");
             steps.insert(number, (last, last));
@@ -241,49 +146,70 @@ fn check_order(log: &Log, steps: &BTreeMap<usize, (u64, u64)>, context: &str) ->
     compared
 }
 
+/// Waits until a container says that its writers are about to begin.
+fn await_line(ready: &File) {
+    let mut fds = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
+    let any = poll(&mut fds, PollTimeout::from(60_000u16)).unwrap();
+    assert_eq!(any, 1, "a container's writers didn't begin");
+    let mut line = [0; 16];
+    let length = (&*ready).read(&mut line).unwrap();
+    assert_eq!(&line[..length], b"writing\n");
+}
+
 #[test]
 fn an_image_is_a_cut_through_what_two_containers_did() {
+    const TEST: &str = "an_image_is_a_cut_through_what_two_containers_did";
+    let Some(version) = ContainerdVersion::or_skip("2", TEST) else { return };
     let rounds = std::env::var("STILLFRAME_CUT_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(ROUNDS);
-    let mut pod = Pod::new();
-    for id in CONTAINERS {
-        pod.prepare(id, &config(), None).unwrap();
+    let cri = Cri::start(&version).unwrap();
+    let containerd = cri.containerd();
+    let spec = cri.pod("pod").privileged();
+    let volume = MemoryVolume::new(containerd.dir(), &spec.uid(), "data", Some(1 << 30)).unwrap();
+    fs::create_dir(volume.path().join("idle")).unwrap();
+    for number in 0..IDLE.0 {
+        fs::write(volume.path().join(format!("idle/{number}")), vec![number as u8 | 1; IDLE.1]).unwrap();
     }
-    let mount = pod.mount("pod-vol");
-    // Some that nobody touches, so that copying takes a while.
-    fs::create_dir(mount.join("idle")).unwrap();
-    for number in 0..2000u64 {
-        fs::write(mount.join(format!("idle/{number}")), vec![number as u8 | 1; 20_000]).unwrap();
-    }
-    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let shared = tempfile::tempdir_in("/dev/shm").unwrap();
-    let log = Log::open(&shared.path().join("log"));
-    // Kept, so that they can go on printing.
-    let mut outputs = Vec::new();
-    for (part, id) in CONTAINERS.into_iter().enumerate() {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "container", "--ignored", "--nocapture"]);
-        command.env(DIRECTORY, format!("{part}:{}:{}", mount.display(), shared.path().join("log").display()));
-        let mut output = BufReader::new(pod.start_reading(id, command.stdout(Stdio::piped())).unwrap());
-        let writing = output.by_ref().lines().map_while(Result::ok).any(|line| line.contains("writing"));
-        assert!(writing, "container {id} ended before it began");
-        outputs.push(output);
-    }
+    let log = Log::open(&shared.path().join("log")).unwrap();
+    let ready = shared.path().join("ready");
+    nix::unistd::mkfifo(&ready, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Open for writing, too, so that it isn't at its end between the containers.
+    let ready = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(ready).unwrap();
+    let pod = spec.run().unwrap();
+    let containers = [0, 1].map(|part| {
+        let (part_of, parts) = (part.to_string(), CONTAINERS.len().to_string());
+        let command = ["/writers", &part_of, &parts, "/data", "/log/log", "/log/ready"];
+        let container = pod.container(CONTAINERS[part]).privileged().command(&command);
+        let container = container.mount(&binaries::writers(), "/writers").mount(shared.path(), "/log");
+        let container = container.mount(volume.path(), "/data").start().unwrap();
+        await_line(&ready);
+        container
+    });
+    let image = containerd.dir().join("image");
+    let path = image.display().to_string();
+    let save = ["fscheckpoint", "--namespace", "k8s.io", "--leave-running", "--json", "--path", "/data"];
+    let save = [&save[..], &["--image-path", &path, containers[0].id()]].concat();
     let mut compared = 0;
     for number in 0..rounds {
         // Another moment in each round; what is waited for is time itself.
         let until = Instant::now() + Duration::from_micros(number * 7919 % 50_000);
         std::thread::sleep(until.saturating_duration_since(Instant::now()));
-        let image = dir.path().join("image");
-        let result: CheckpointResult = pod.sandbox.checkpoint(&CheckpointRequest::new("a", &image)).unwrap();
-        if std::env::var_os("STILLFRAME_LIVE_SHOW").is_some() {
-            println!("{number}: {result:?}");
+        let said = containerd.stillframe(&save).unwrap().stdout;
+        let context = format!("in round {number} of {said}");
+        if std::env::var_os("STILLFRAME_CUT_SHOW").is_some() {
+            println!("{number}: {}", said.replace('\n', " "));
         }
-        assert!(result.copied_live_bytes >= 2000 * 20_000, "nothing was copied ahead: {result:?}");
-        assert!(result.superseded_bytes <= result.pages_bytes / 10, "{result:?}");
-        let context = format!("in round {number} of {result:?}");
+        let result: serde_json::Value = serde_json::from_str(&said).unwrap();
+        let bytes = |name: &str| result[name].as_u64().unwrap();
+        assert!(bytes("copied_live_bytes") >= IDLE.0 * IDLE.1 as u64, "nothing was copied ahead {context}");
+        assert!(bytes("superseded_bytes") <= bytes("pages_bytes") / 10, "{context}");
         let steps = steps(&image, &context);
         compared += check_order(&log, &steps, &context);
         fs::remove_dir_all(&image).unwrap();
     }
     assert!(compared as u64 > rounds, "the log is too short to compare the writers");
+    pod.remove().unwrap();
+    drop(volume);
+    containerd.assert_nothing_left();
+    cri.stop().unwrap();
 }
