@@ -151,7 +151,7 @@ pub(crate) fn start(
     // Huge pages come only by writing. It changes times for as long as a file is loaded.
     let quiet = can_install() && !huge;
     let pages_path = pages_path.to_owned();
-    files::prepare(directory, &PendingList { large, small, quiet, pages_path }, meta)?;
+    files::prepare(directory, &PendingList { large, quiet, pages_path }, &small, meta)?;
     let failed = |source| LazyError::Start { program: program.to_owned(), source };
     let mut child = Command::new(program)
         .args([OsStr::new(ARGUMENT), directory.as_os_str()])

@@ -3,6 +3,7 @@
 //! | name | what |
 //! | --- | --- |
 //! | `load.list` | [`PendingList`] (postcard), written once |
+//! | `load.small` | the small files, likewise: the keeper has no use for them, and they may be many |
 //! | `load.meta` | the image's `pages.meta` |
 //! | `load.json` | [`Processes`]: who loads, and by which descriptor numbers; replaced by rename |
 //! | `load.joined` | the container's init process, once the loader was told |
@@ -32,6 +33,7 @@ use crate::process;
 use crate::state::InitRecord;
 
 const LIST: &str = "load.list";
+const SMALL: &str = "load.small";
 const META: &str = "load.meta";
 const PROCESSES: &str = "load.json";
 const JOINED: &str = "load.joined";
@@ -39,18 +41,16 @@ const PROGRESS: &str = "load.progress";
 pub(crate) const SOCKET: &str = "load.sock";
 const ERRORS: &str = "load.errors";
 /// All of them, to be removed with the filesystem.
-pub(crate) const NAMES: [&str; 9] =
-    [LIST, META, PROCESSES, JOINED, PROGRESS, SOCKET, ERRORS, "load.json.new", "load.joined.new"];
+pub(crate) const NAMES: [&str; 10] =
+    [LIST, SMALL, META, PROCESSES, JOINED, PROGRESS, SOCKET, ERRORS, "load.json.new", "load.joined.new"];
 /// Lines of errors that are kept.
 const MAX_ERRORS: u64 = 100;
 
-/// Files to load.
+/// Files to load behind the start.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct PendingList {
     /// Behind the gate, in the order of the image.
     pub(crate) large: Vec<PendingFile>,
-    /// Before the start.
-    pub(crate) small: SmallFiles,
     /// Whether the large ones get their pages without being written to.
     pub(crate) quiet: bool,
     /// Where the pages file was, for errors.
@@ -107,8 +107,13 @@ pub struct LoadStatus {
     pub errors: Vec<String>,
 }
 
-/// Writes the list and what else is known before a process is started.
-pub(crate) fn prepare(directory: &Path, list: &PendingList, meta: &PagesMeta) -> Result<(), LazyError> {
+/// Writes the lists and what else is known before a process is started.
+pub(crate) fn prepare(
+    directory: &Path,
+    list: &PendingList,
+    small: &SmallFiles,
+    meta: &PagesMeta,
+) -> Result<(), LazyError> {
     let write = |name: &str, contents: &[u8]| {
         let path = directory.join(name);
         let mut options = OpenOptions::new();
@@ -116,10 +121,11 @@ pub(crate) fn prepare(directory: &Path, list: &PendingList, meta: &PagesMeta) ->
         file.and_then(|mut file| file.write_all(contents)).map_err(at("write", &path))
     };
     write(LIST, &postcard::to_stdvec(list).expect("numbers and bytes only"))?;
+    write(SMALL, &postcard::to_stdvec(small).expect("numbers and bytes only"))?;
     write(META, &meta.encode())?;
     let header = Header {
-        files: (list.large.len() + list.small.len()) as u64,
-        bytes: list.large.iter().map(PendingFile::bytes).sum::<u64>() + list.small.bytes(),
+        files: (list.large.len() + small.len()) as u64,
+        bytes: list.large.iter().map(PendingFile::bytes).sum::<u64>() + small.bytes(),
         large: list.large.len() as u64,
         ..Header::default()
     };
@@ -129,7 +135,15 @@ pub(crate) fn prepare(directory: &Path, list: &PendingList, meta: &PagesMeta) ->
 }
 
 pub(crate) fn list(directory: &Path) -> Result<PendingList, LazyError> {
-    let path = directory.join(LIST);
+    decode(directory.join(LIST))
+}
+
+/// Files to load before the start.
+pub(crate) fn small(directory: &Path) -> Result<SmallFiles, LazyError> {
+    decode(directory.join(SMALL))
+}
+
+fn decode<T: DeserializeOwned>(path: PathBuf) -> Result<T, LazyError> {
     let bytes = fs::read(&path).map_err(at("read", &path))?;
     postcard::from_bytes(&bytes).map_err(|_| LazyError::Decode { path })
 }

@@ -31,7 +31,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use stillframe_tmpfs::lazy::gate::{self, Gate};
-use stillframe_tmpfs::lazy::{PendingFile, inherit};
+use stillframe_tmpfs::lazy::{PendingFile, SmallFiles, inherit};
 use stillframe_tmpfs::mount::open_root;
 
 use super::doors::Doors;
@@ -107,7 +107,7 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
     let gone = || LazyError::Gone { directory: directory.to_owned() };
     let record = files::processes(directory)?.ok_or_else(gone)?;
     let progress = Progress::open(directory)?.ok_or_else(gone)?;
-    let list = files::list(directory)?;
+    let (list, small) = (files::list(directory)?, files::small(directory)?);
     let meta = files::meta(directory)?;
     let states = progress.states().map_err(&failed)?;
     let take = |fd: RawFd| inherit(fd).map_err(&failed);
@@ -144,7 +144,7 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
     let channel = UnixStream::from(take(record.channel)?);
     let (wake, woken) = UnixStream::pair().map_err(&failed)?;
     let mut header = progress.header().map_err(&failed)?;
-    count(&mut header, &list, &states);
+    count(&mut header, &list.large, &small, &states);
     let loader = Arc::new(Loader {
         directory: directory.to_owned(),
         root,
@@ -176,7 +176,6 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
     let large = Arc::new(begun.map_err(|error| LazyError::Told(chain(&error)))?);
     let feeder = {
         let (loader, large) = (loader.clone(), large.clone());
-        let small = list.small;
         move || loader.feed(small, &pages, &meta.digests, &large)
     };
     thread::Builder::new().name("feeder".into()).spawn(feeder).map_err(&failed)?;
@@ -196,14 +195,13 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
 }
 
 /// What is loaded: a predecessor that has died may not have counted all of it.
-fn count(header: &mut Header, list: &files::PendingList, states: &[u8]) {
-    let loaded =
-        || list.large.iter().zip(states).filter(|(_, state)| **state == LOADED).map(|(file, _)| file);
+fn count(header: &mut Header, large: &[PendingFile], small: &SmallFiles, states: &[u8]) {
+    let loaded = || large.iter().zip(states).filter(|(_, state)| **state == LOADED).map(|(file, _)| file);
     header.loaded_files = loaded().count() as u64;
     header.loaded_bytes = loaded().map(PendingFile::bytes).sum();
     if header.phase().is_some_and(|phase| phase >= LoadPhase::Large) {
-        header.loaded_files += list.small.len() as u64;
-        header.loaded_bytes += list.small.bytes();
+        header.loaded_files += small.len() as u64;
+        header.loaded_bytes += small.bytes();
     }
     header.failed_files = states.iter().filter(|state| **state == FAILED).count() as u64;
     header.waiting_files = 0;

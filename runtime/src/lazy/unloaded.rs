@@ -42,7 +42,8 @@ pub(crate) fn unloaded(directory: &Path) -> Result<Option<Unloaded>, LazyError> 
         let mountpoint = directory.join("mnt");
         let root =
             open_root(&mountpoint).map_err(|error| at("open", &mountpoint)(io::Error::other(error)))?;
-        let small = list.small.pending(&root).map_err(at("find the small files below", &mountpoint))?;
+        let small = files::small(directory)?;
+        let small = small.pending(&root).map_err(at("find the small files below", &mountpoint))?;
         list.large.extend(small);
     }
     let load = Loading {
