@@ -5,26 +5,28 @@
 //! renamed, and the directory fsynced. Until that rename the directory is no image; a writer that is
 //! dropped before removes what it made.
 //!
-//! Reading: an image is untrusted. Everything but the pages is read and verified before anything is
-//! returned; the pages are verified as they are loaded. Errors name the file and the offset.
+//! Reading: an image is untrusted. The manifest and `pages.meta` are read and verified before anything is
+//! returned; a tree is verified as it is decoded, chunk by chunk, and the pages as they are loaded. Errors name the file and the
+//! offset.
 
 mod error;
+mod part;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempPath;
 
 use stillframe_pgalloc::{CHUNK_SIZE, PagesMeta, PrivateMemoryFileMeta, digest_chunks};
-use stillframe_tmpfs::decode::decode_tree;
+use stillframe_tmpfs::decode::{ReadTreeError, read_tree};
 use stillframe_tmpfs::entry::Tree;
 
 pub use crate::image::error::ImageError;
-use crate::manifest::{Digest, Manifest, Offsets, Part};
+use crate::manifest::{Digest, Manifest, Offsets, Part, SavedFilesystem};
 use crate::processes;
+use part::{Decompressed, Stream, Verified};
 
 /// Names of the four files.
 pub const MANIFEST: &str = "manifest.json";
@@ -225,7 +227,7 @@ impl Write for PartWriter {
     }
 }
 
-/// An image whose manifest, trees and page metadata are read and verified.
+/// An image whose manifest and page metadata are read and verified.
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
@@ -236,9 +238,8 @@ pub struct Image {
     /// The pages file, of the right length.
     pub pages: File,
     pages_path: PathBuf,
-    trees: Vec<u8>,
-    /// Where each filesystem's archive is in it.
-    archives: Vec<Range<usize>>,
+    /// The file of the trees, of the right length.
+    trees: File,
 }
 
 impl Image {
@@ -255,7 +256,7 @@ impl Image {
         manifest.take(MANIFEST_MAX).read_to_end(&mut text).map_err(at("read", &path.join(MANIFEST)))?;
         let manifest = Manifest::decode(&text)
             .map_err(|source| ImageError::Manifest { path: path.to_owned(), source })?;
-        let meta = read_part(&path.join(META), &manifest.meta)?;
+        let meta = part::read(&path.join(META), &manifest.meta)?;
         let meta =
             PagesMeta::decode(&meta).map_err(|source| ImageError::Meta { path: path.join(META), source })?;
         for filesystem in &manifest.filesystems {
@@ -271,9 +272,9 @@ impl Image {
             return Err(ImageError::Length { path: pages_path, expected, found });
         }
         let pages = open_sized(&pages_path, manifest.pages_length)?;
-        let (trees, archives) = read_trees(path, &manifest)?;
+        let trees = open_sized(&path.join(tree_name(&manifest)), manifest.tree.length)?;
         processes::verify(path, &manifest.processes)?;
-        let mut image = Self { path: path.to_owned(), manifest, meta, pages, pages_path, trees, archives };
+        let mut image = Self { path: path.to_owned(), manifest, meta, pages, pages_path, trees };
         // Nobody has carried it along with the rest: whether it is still the one is found out before it is used.
         if image.manifest.pages_path.is_some() {
             image.verify_pages()?;
@@ -322,50 +323,41 @@ impl Image {
     /// The tree of filesystem number `index` of the manifest; its extents are offsets in its private
     /// MemoryFile where it has one, else in the pages file.
     pub fn decode_tree(&self, index: usize) -> Result<Tree, ImageError> {
-        let length = self.private_file(index).map_or(self.manifest.pages_length, |private| private.size);
-        decode_tree(self.archive(index), length).map_err(|source| ImageError::Tree {
-            path: self.path.clone(),
-            id: self.manifest.filesystems[index].resource_id.clone(),
-            source: Box::new(source),
-        })
-    }
-
-    /// The archive of filesystem number `index` of the manifest.
-    pub fn archive(&self, index: usize) -> &[u8] {
-        &self.trees[self.archives[index].clone()]
+        let pages = self.private_file(index).map_or(self.manifest.pages_length, |private| private.size);
+        let SavedFilesystem { resource_id: id, tree_start, tree_end, tree_length, .. } =
+            &self.manifest.filesystems[index];
+        let path = self.path.join(tree_name(&self.manifest));
+        let (start, end) = (*tree_start, *tree_end);
+        let stored =
+            Verified { file: &self.trees, path: &path, part: &self.manifest.tree, range: start..end };
+        let failed = |error| match error {
+            ReadTreeError::Tree(source) => {
+                ImageError::Tree { path: self.path.clone(), id: id.clone(), source: Box::new(source) }
+            }
+            ReadTreeError::Read(source) => source
+                .downcast()
+                .unwrap_or_else(|source| ImageError::Compressed { path: path.clone(), start, end, source }),
+        };
+        let Some(expected) = *tree_length else {
+            return read_tree(stored, end - start, pages).map_err(failed);
+        };
+        let decoder = zstd::Decoder::with_buffer(Stream::new(stored));
+        let decoder = decoder.map_err(|error| failed(error.into()))?;
+        // One byte more would be one too many.
+        let mut archive = decoder.take(expected + 1);
+        let tree = read_tree(Decompressed(&mut archive), expected, pages);
+        if !matches!(tree, Err(ReadTreeError::Read(_))) {
+            io::copy(&mut archive, &mut io::sink()).map_err(|error| failed(error.into()))?;
+            if archive.limit() != 1 {
+                return Err(ImageError::TreeLength { path, id: id.clone(), expected });
+            }
+        }
+        tree.map_err(failed)
     }
 }
 
-/// Reads the archives, uncompressed, and where each of them is.
-fn read_trees(path: &Path, manifest: &Manifest) -> Result<(Vec<u8>, Vec<Range<usize>>), ImageError> {
-    let range = |start: u64, end: u64| {
-        let inside =
-            |at: u64| usize::try_from(at).expect("the manifest was judged, and what was read fits memory");
-        inside(start)..inside(end)
-    };
-    let stored = manifest.filesystems.iter().map(|of| (of, of.tree_start, of.tree_end));
-    if !manifest.has_compressed_trees() {
-        let trees = read_part(&path.join(TREE), &manifest.tree)?;
-        return Ok((trees, stored.map(|(_, start, end)| range(start, end)).collect()));
-    }
-    let path = path.join(TREE_ZSTD);
-    let compressed = read_part(&path, &manifest.tree)?;
-    let (mut trees, mut archives) = (Vec::new(), Vec::new());
-    for (filesystem, start, end) in stored {
-        let length = filesystem.tree_length.expect("if one is compressed, all are");
-        let begin = trees.len() as u64;
-        let found = zstd::Decoder::with_buffer(&compressed[range(start, end)])
-            // One byte more would be one too many.
-            .and_then(|decoder| decoder.take(length + 1).read_to_end(&mut trees));
-        let found =
-            found.map_err(|source| ImageError::Compressed { path: path.clone(), start, end, source })?;
-        if found as u64 != length {
-            let id = filesystem.resource_id.clone();
-            return Err(ImageError::TreeLength { path, id, expected: length });
-        }
-        archives.push(range(begin, begin + length));
-    }
-    Ok((trees, archives))
+fn tree_name(manifest: &Manifest) -> &'static str {
+    if manifest.has_compressed_trees() { TREE_ZSTD } else { TREE }
 }
 
 /// Opens a file of an image: neither follows a link nor waits for a fifo's writer.
@@ -391,19 +383,4 @@ pub(crate) fn open_sized(path: &Path, expected: u64) -> Result<File, ImageError>
         return Err(ImageError::Length { path: path.to_owned(), expected, found });
     }
     Ok(file)
-}
-
-/// Reads a part whole and verifies it.
-fn read_part(path: &Path, part: &Part) -> Result<Vec<u8>, ImageError> {
-    let mut bytes = Vec::new();
-    open_sized(path, part.length)?.take(part.length).read_to_end(&mut bytes).map_err(at("read", path))?;
-    if bytes.len() as u64 != part.length {
-        let (expected, found) = (part.length, bytes.len() as u64);
-        return Err(ImageError::Length { path: path.to_owned(), expected, found });
-    }
-    if let Some(start) = part.first_damage(&bytes) {
-        let end = (start + CHUNK_SIZE).min(part.length);
-        return Err(ImageError::Damaged { path: path.to_owned(), start, end });
-    }
-    Ok(bytes)
 }

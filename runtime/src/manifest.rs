@@ -132,12 +132,13 @@ impl Part {
         Self { length: bytes.len() as u64, chunk_size: CHUNK_SIZE, digests }
     }
 
-    /// Offset of the first chunk of `bytes` that isn't what was written, if there is one. The length
-    /// must have been compared before.
-    pub fn first_damage(&self, bytes: &[u8]) -> Option<u64> {
+    /// Offset of the first chunk of `bytes`, which begin at the chunk at `start`, that isn't what was written, if there is
+    /// one. The length must have been compared before.
+    pub fn first_damage(&self, start: u64, bytes: &[u8]) -> Option<u64> {
         let found = digest_chunks(bytes, CHUNK_SIZE as usize);
-        let differs = found.iter().zip(&self.digests).position(|(found, expected)| *found != expected.0);
-        differs.map(|chunk| chunk as u64 * CHUNK_SIZE)
+        let expected = self.digests.iter().skip((start / CHUNK_SIZE) as usize);
+        let differs = found.iter().zip(expected).position(|(found, expected)| *found != expected.0);
+        differs.map(|chunk| start + chunk as u64 * CHUNK_SIZE)
     }
 }
 
@@ -451,8 +452,10 @@ mod tests {
     fn the_damaged_chunk_is_named() {
         let mut bytes = vec![7; 200_000];
         let part = Part::of(&bytes);
-        assert_eq!(part.first_damage(&bytes), None);
+        assert_eq!(part.first_damage(0, &bytes), None);
         bytes[140_000] ^= 1;
-        assert_eq!(part.first_damage(&bytes), Some(131_072));
+        assert_eq!(part.first_damage(0, &bytes), Some(131_072));
+        assert_eq!(part.first_damage(65_536, &bytes[65_536..]), Some(131_072));
+        assert_eq!(part.first_damage(196_608, &bytes[196_608..]), None);
     }
 }

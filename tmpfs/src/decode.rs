@@ -4,25 +4,30 @@
 //! What holds of a decoded [`Tree`]: it has a root directory and it comes first; each name is a single
 //! component that exists once in its parent; parents are directories that came before; hard links
 //! point to an earlier entry that is no directory; extents are page-aligned, ascending and inside the
-//! file and the pages file. Memory is proportional to the archive. An error names the entry and its
+//! file and the pages file. Memory is proportional to the archive, which isn't kept itself. An error names the entry and its
 //! offset in the archive.
 
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
 
-use hashbrown::HashTable;
+use hashbrown::{HashTable, hash_table};
 use stillframe_pgalloc::{ExtentError, validate_extents};
 use tar::{EntryType, Header};
 
 use crate::acl::{self, AclError};
-use crate::archive::{BLOCK, TRAILER};
+use crate::archive::BLOCK;
 use crate::entry::{Attributes, Entry, KEPT_FLAGS, Kind, PathName, Tree, Xattr};
 use crate::member_name::{self, MemberName};
+pub use crate::members::ArchiveSource;
+use crate::members::{Member, Members};
 use crate::pax;
 use crate::record::FileRecord;
 
 /// Longest name of a directory entry (NAME_MAX).
 const NAME_MAX: usize = 255;
+/// Room is made for so many entries at most before they are there.
+const EXPECTED_MAX: u64 = 1 << 20;
 /// Longest target of a symbolic link (PATH_MAX without its NUL).
 const TARGET_MAX: usize = 4095;
 
@@ -86,52 +91,54 @@ pub enum TreeFault {
     Extents(#[from] ExtentError),
 }
 
-/// Decodes one archive whose extents refer to a pages file of `pages_length` bytes.
+/// Why an archive couldn't be read as a tree.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadTreeError {
+    /// It couldn't be read.
+    #[error(transparent)]
+    Read(#[from] io::Error),
+    /// It isn't a tree.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+}
+
+/// Decodes one archive in memory whose extents refer to a pages file of `pages_length` bytes.
+///
+/// # Errors
+///
+/// It isn't a tree.
 pub fn decode_tree(archive: &[u8], pages_length: u64) -> Result<Tree, TreeError> {
+    read_tree(archive, archive.len() as u64, pages_length).map_err(|error| match error {
+        ReadTreeError::Tree(error) => error,
+        ReadTreeError::Read(_) => unreachable!("memory can always be read"),
+    })
+}
+
+/// Decodes one archive, of about `length` bytes, whose extents refer to a pages file of `pages_length` bytes.
+///
+/// # Errors
+///
+/// It can't be read, or isn't a tree.
+pub fn read_tree(archive: impl ArchiveSource, length: u64, pages_length: u64) -> Result<Tree, ReadTreeError> {
+    // Most are files, of two blocks.
+    let entries = (length / (2 * BLOCK as u64)).min(EXPECTED_MAX) as usize;
     let mut decoder = Decoder {
         pages_length,
-        tree: Tree::default(),
-        names: HashTable::new(),
+        tree: Tree { entries: Vec::with_capacity(entries) },
+        names: HashTable::with_capacity(entries),
         hasher: RandomState::new(),
         path: Vec::new(),
     };
-    let mut extended: Option<&[u8]> = None;
-    let mut at = 0;
-    let fail = |entry: &[u8], offset, fault| TreeError {
-        entry: PathName(entry.to_vec()),
-        offset: offset as u64,
-        fault,
-    };
-    while let Some(block) = archive.get(at..at + BLOCK).filter(|block| **block != TRAILER[..BLOCK]) {
-        let header = Header::from_byte_slice(block);
-        let (name, offset) = (header.path_bytes(), at);
-        let sum = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
-        // The checksum's own field counts as spaces.
-        let found = sum(&block[..148]) + 8 * u32::from(b' ') + sum(&block[156..]);
-        if header.cksum().ok() != Some(found) {
-            return Err(fail(&name, offset, TreeFault::Checksum));
-        }
-        let size = header.entry_size().ok().and_then(|size| usize::try_from(size).ok());
-        let body = size.and_then(|size| archive[at + BLOCK..].get(..size));
-        let body = body.ok_or_else(|| fail(&name, offset, TreeFault::Truncated))?;
-        // No overflow: both are at most the archive's length.
-        at += BLOCK + body.len().next_multiple_of(BLOCK);
-        if header.entry_type() == EntryType::XHeader {
-            if extended.replace(body).is_some() {
-                return Err(fail(&name, offset, TreeFault::Pax));
-            }
-            continue;
-        }
-        let records = pax::parse(extended.take().unwrap_or_default());
-        let records = records.ok_or_else(|| fail(&name, offset, TreeFault::Pax))?;
+    let mut members = Members::new(archive);
+    while let Some(Member { header, extended, body, offset }) = members.next()? {
+        let name = header.path_bytes();
+        let fail = |entry: &[u8], fault| TreeError { entry: PathName(entry.to_vec()), offset, fault };
+        let records = pax::parse(extended).ok_or_else(|| fail(&name, TreeFault::Pax))?;
         let path = records.iter().find(|(key, _)| *key == b"path").map_or(&*name, |(_, value)| *value);
-        decoder.add(header, path, &records, body).map_err(|fault| fail(path, offset, fault))?;
-    }
-    if extended.is_some() || archive.get(at..) != Some(&TRAILER) {
-        return Err(fail(b"", at.min(archive.len()), TreeFault::Trailer));
+        decoder.add(header, path, &records, body).map_err(|fault| fail(path, fault))?;
     }
     if decoder.tree.entries.is_empty() {
-        return Err(fail(b"", 0, TreeFault::Root));
+        return Err(TreeError { entry: PathName(Vec::new()), offset: 0, fault: TreeFault::Root }.into());
     }
     Ok(decoder.tree)
 }
@@ -207,27 +214,25 @@ impl Decoder {
         if attributes.flags & !may_have != 0 {
             return Err(TreeFault::Flags(attributes.flags));
         }
-        if index != 0 && self.child(parent, name).is_some() {
-            return Err(TreeFault::Duplicate);
-        }
-        self.tree.entries.push(Entry { parent, name: name.to_vec(), kind, attributes });
+        let Self { names, hasher, tree, .. } = self;
+        let hash = |index: &usize| {
+            let entry = &tree.entries[*index];
+            hasher.hash_one((entry.parent, entry.name.as_slice()))
+        };
         if index != 0 {
-            let Self { names, hasher, tree, .. } = self;
-            let hash = |index: &usize| {
-                let entry = &tree.entries[*index];
-                hasher.hash_one((entry.parent, entry.name.as_slice()))
+            let is_it = |index: &usize| is_child(&tree.entries[*index], parent, name);
+            match names.entry(hasher.hash_one((parent, name)), is_it, hash) {
+                hash_table::Entry::Occupied(_) => return Err(TreeFault::Duplicate),
+                hash_table::Entry::Vacant(vacant) => vacant.insert(index),
             };
-            names.insert_unique(hash(&index), index, hash);
         }
+        tree.entries.push(Entry { parent, name: name.to_vec(), kind, attributes });
         Ok(())
     }
 
     /// The entry of that name in a directory.
     fn child(&self, parent: usize, name: &[u8]) -> Option<usize> {
-        let is_it = |index: &usize| {
-            let entry = &self.tree.entries[*index];
-            entry.parent == parent && entry.name == name
-        };
+        let is_it = |index: &usize| is_child(&self.tree.entries[*index], parent, name);
         self.names.find(self.hasher.hash_one((parent, name)), is_it).copied()
     }
 
@@ -301,6 +306,10 @@ impl Decoder {
             _ => Ok(at),
         }
     }
+}
+
+fn is_child(entry: &Entry, parent: usize, name: &[u8]) -> bool {
+    entry.parent == parent && entry.name == name
 }
 
 /// The path of an archive's name, without `./` before and `/` behind it; empty for the root.

@@ -178,10 +178,12 @@ fn archive_of_root() -> Vec<u8> {
     encode(&Tree { entries: vec![root()] })
 }
 
+fn extent(file_offset: u64, length: u64, pages: u64) -> PageExtent {
+    PageExtent { file_offset, length, pages_offset: PagesOffset(pages) }
+}
+
 #[test]
 fn extents_stay_inside_file_and_pages() {
-    let extent =
-        |file_offset, length, pages| PageExtent { file_offset, length, pages_offset: PagesOffset(pages) };
     let file = |size, extents| archive(child(b"f", Kind::File { size, extents }));
     assert!(decode_tree(&file(8192, vec![extent(0, 8192, 0)]), 8192).is_ok());
     for (size, extents) in [
@@ -236,6 +238,49 @@ fn an_archive_cut_anywhere_or_with_more_behind_it_is_refused() {
     }
     for more in [&[0][..], &[0; 512], &[1; 512]] {
         assert!(decode_tree(&[&whole, more].concat(), PAGES).is_err());
+    }
+}
+
+/// An archive that comes in pieces, and may not come to its end.
+struct Pieces<'a> {
+    archive: &'a [u8],
+    piece: usize,
+    fails: bool,
+}
+
+impl ArchiveSource for Pieces<'_> {
+    fn read_more(&mut self, bytes: &mut Vec<u8>) -> io::Result<()> {
+        let (piece, rest) = self.archive.split_at(self.archive.len().min(self.piece));
+        if piece.is_empty() && self.fails {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        bytes.extend_from_slice(piece);
+        self.archive = rest;
+        Ok(())
+    }
+}
+
+#[test]
+fn an_archive_is_the_same_in_pieces_of_any_size() {
+    let extents = (0..100).map(|n| extent(n * 8192, 4096, n * 4096)).collect();
+    let entries = vec![
+        root(),
+        child(&[b'n'; 150], Kind::File { size: 1 << 20, extents }),
+        child(b"link", Kind::Symlink { target: vec![b't'; 1000] }),
+    ];
+    let whole = encode(&Tree { entries });
+    let tree = decode_tree(&whole, PAGES).unwrap();
+    for piece in [1, 511, 512, 513, 2000, whole.len()] {
+        for length in [0, whole.len() as u64, u64::MAX] {
+            let source = Pieces { archive: &whole, piece, fails: false };
+            assert_eq!(read_tree(source, length, PAGES).unwrap(), tree, "{piece}");
+        }
+        let source = Pieces { archive: &whole[..whole.len() - 1], piece, fails: true };
+        let error = read_tree(source, 0, PAGES).unwrap_err();
+        assert!(matches!(error, ReadTreeError::Read(error) if error.kind() == io::ErrorKind::BrokenPipe));
+        let source = Pieces { archive: &whole[..whole.len() - 1], piece, fails: false };
+        let error = read_tree(source, 0, PAGES).unwrap_err();
+        assert!(matches!(error, ReadTreeError::Tree(TreeError { fault: TreeFault::Trailer, .. })));
     }
 }
 

@@ -17,6 +17,7 @@ pub mod id_map;
 pub mod lazy;
 pub mod live;
 mod member_name;
+mod members;
 pub mod mount;
 pub mod mountpoint;
 pub mod options;
