@@ -17,6 +17,7 @@ pub mod criu;
 pub mod ctr;
 pub mod image;
 pub mod listing;
+pub mod reads;
 pub mod residue;
 pub mod skip;
 pub mod version;

@@ -11,12 +11,10 @@ use std::time::Duration;
 mod behind;
 #[path = "support/pod.rs"]
 mod pod;
-#[path = "support/reads.rs"]
-mod reads;
 
 use behind::{contents, lazy_pod, sleep};
 use pod::Pod;
-use reads::Reads;
+use stillframe_integration::reads::Reads;
 use stillframe_runtime::sandbox::LoadPhase;
 
 const FILES: usize = 200;
@@ -57,7 +55,7 @@ fn a_second_container_waits_for_the_small_files_as_the_first_does() {
     let mut pod = lazy_pod();
     let volume = pod.mount("pod-vol");
     let sandbox = pod.sandbox.clone();
-    let is_small = move || {
+    let is_small = move |_| {
         let status = sandbox.load_status("a").unwrap_or_default();
         status.first().is_some_and(|(_, status)| status.phase == LoadPhase::Small)
     };

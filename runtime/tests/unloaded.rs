@@ -7,8 +7,6 @@
 mod behind;
 #[path = "support/pod.rs"]
 mod pod;
-#[path = "support/reads.rs"]
-mod reads;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -23,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use behind::{begin, contents, end, lazy_pod, sleep};
 use pod::Pod;
-use reads::Reads;
+use stillframe_integration::reads::Reads;
 use stillframe_runtime::freezer::{Cgroup, FREEZE_TIMEOUT};
 use stillframe_runtime::sandbox::{CheckpointRequest, CheckpointResult, LoadPhase, LoadStatus};
 
@@ -138,7 +136,7 @@ fn status(pod: &Pod) -> LoadStatus {
 fn held(saved: &Saved, config: &str) -> (Pod, Reads) {
     let mut pod = lazy_pod();
     let sandbox = pod.sandbox.clone();
-    let started = move || {
+    let started = move |_| {
         let status = sandbox.load_status("c").unwrap_or_default();
         status.first().is_some_and(|(_, status)| status.phase >= LoadPhase::Large)
     };

@@ -1,5 +1,4 @@
 //! Holding what others read of a file: fanotify's FAN_ACCESS_PERM. What is held is an event that can be awaited.
-#![allow(dead_code, reason = "each test program uses some of it")]
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -21,7 +20,7 @@ struct State {
     pass: usize,
 }
 
-/// Reads of a file by other processes; they go on when this is dropped.
+/// Reads of a file by other processes; they go on when this is dropped. Panics where fanotify can't be had.
 pub struct Reads {
     shared: Arc<(Fanotify, Mutex<State>, Condvar)>,
     wake: UnixStream,
@@ -29,8 +28,8 @@ pub struct Reads {
 }
 
 impl Reads {
-    /// Holds them whenever `hold` says so. Whoever reads has to open the file after this.
-    pub fn of(file: &Path, hold: impl Fn() -> bool + Send + 'static) -> Self {
+    /// Holds them whenever `hold` says so of the process that reads. Whoever reads has to open the file after this.
+    pub fn of(file: &Path, hold: impl Fn(i32) -> bool + Send + 'static) -> Self {
         let flags = InitFlags::FAN_CLASS_CONTENT | InitFlags::FAN_CLOEXEC | InitFlags::FAN_NONBLOCK;
         let group = Fanotify::init(flags, EventFFlags::O_RDONLY | EventFFlags::O_CLOEXEC).unwrap();
         group
@@ -52,7 +51,7 @@ impl Reads {
                 }
                 for event in group.read_events().unwrap_or_default() {
                     let mine = event.pid() == std::process::id().cast_signed();
-                    let hold = !mine && hold();
+                    let hold = !mine && hold(event.pid());
                     let mut state = state.lock().unwrap();
                     if hold && state.pass == 0 {
                         state.held.push(event);
