@@ -12,6 +12,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use stillframe_pgalloc::{AsyncPagesFileLoad, FileBatch, LoadError, PageExtent, PagesOffset};
 
@@ -70,8 +71,17 @@ impl SmallFile {
 
     fn open(&self, directory: &File) -> io::Result<File> {
         // NONBLOCK: nobody has put a fifo there, and if somebody has, nobody waits for its reader.
-        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = File::from(rustix::fs::openat(directory, self.name(), flags, Mode::empty())?);
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let open = |access| rustix::fs::openat(directory, self.name(), flags | access, Mode::empty());
+        let file = match open(OFlags::WRONLY) {
+            // Loaded before, by a process that has died since: it may be immutable already.
+            Err(Errno::PERM) if self.flags != 0 => {
+                set_flags(&File::from(open(OFlags::RDONLY)?), 0)?;
+                open(OFlags::WRONLY)?
+            }
+            other => other?,
+        };
+        let file = File::from(file);
         self.set_size(&file)?;
         Ok(file)
     }

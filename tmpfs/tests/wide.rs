@@ -146,6 +146,31 @@ fn names_first_and_contents_later_are_the_same() {
 }
 
 #[test]
+fn small_files_can_be_loaded_again() {
+    let old = Tmpfs::new(&[]);
+    for (name, flags) in [("plain", IFlags::empty()), ("i", IFlags::IMMUTABLE), ("a", IFlags::APPEND)] {
+        let path = old.path().join(name);
+        fs::write(&path, noise(5000, 3)).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o4555)).unwrap();
+        let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        rustix::fs::setxattr(&path, "security.capability", &capability, XattrFlags::empty()).unwrap();
+        rustix::fs::ioctl_setflags(File::open(&path).unwrap(), flags).unwrap();
+    }
+    let saved = save(&old);
+    let new = target(0o755);
+    let root = open_root(new.path()).unwrap();
+    let (_, small) = build_names(&root, &saved.tree(), &DEVICES(), LARGE).unwrap();
+    assert_eq!(small.len(), 3);
+    // As by a process that dies before it has said that all are loaded, and the next one.
+    for _ in 0..2 {
+        let loader = loader(&saved);
+        small.clone().load(&root, &loader).unwrap();
+        loader.finish().unwrap();
+        assert_same(&old, &new);
+    }
+}
+
+#[test]
 fn a_name_that_is_there_already_is_an_error_that_says_which() {
     let old = Tmpfs::new(&[]);
     fill(old.path());
