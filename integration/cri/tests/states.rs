@@ -283,7 +283,8 @@ const STATES: [(&str, Act); 7] = [
         subject.delete();
         subject.create();
         subject.start("");
-        subject.kill("", 15, false);
+        // SIGWINCH: most others would end runc's init, if that hasn't become the program yet.
+        subject.kill("", 28, false);
         subject.kill("", 9, false);
         subject.wait("");
         subject.delete();
