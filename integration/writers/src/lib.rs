@@ -83,6 +83,7 @@ pub const ALL: &[Writer] = &[
     Writer { name: "mode", start: attributes::mode, expect: attributes::modes },
     Writer { name: "mapped", start: mapped::mapped, expect: mapped::stored },
     Writer { name: "mapped-once", start: mapped::mapped_once, expect: mapped::stored_once },
+    Writer { name: "mapped-later", start: mapped::mapped_later, expect: mapped::stored_later },
     Writer { name: "mapped-held", start: mapped::mapped_held, expect: mapped::stored },
     Writer { name: "directory", start: names::directory, expect: names::directories },
     Writer { name: "move", start: names::move_directory, expect: names::moved },

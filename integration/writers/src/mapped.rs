@@ -1,9 +1,10 @@
 //! Writers through mappings, which the kernel reports to nobody.
 
+use std::collections::VecDeque;
 use std::path::Path;
 
 use crate::contents::{WHOLE, large, whole};
-use crate::{FILES, PAGE, PAGES, Step, Tree, last, pattern, plain, sys, writable};
+use crate::{FILES, PAGE, PAGES, Step, Tree, last, make, pattern, plain, sys, writable};
 
 pub(crate) fn store(map: &mut memmap2::MmapMut, s: u64, page: u64) {
     let at = (page * PAGE) as usize;
@@ -24,20 +25,47 @@ pub(crate) fn mapped_held(dir: &Path) -> Step {
 }
 
 pub(crate) fn stored(s: u64) -> Tree {
-    let page = |page| {
-        let mut bytes = pattern(0, PAGE);
-        if last(s, page, PAGES) > 0 {
-            bytes[..8].copy_from_slice(&last(s, page, PAGES).to_le_bytes());
-        }
-        bytes
-    };
+    let page = |page| stored_page(last(s, page, PAGES));
     Tree::from([("large".to_owned(), plain((0..PAGES).flat_map(page).collect()))])
+}
+
+/// A page to which step `s` has stored its number; none has, if that is 0.
+fn stored_page(s: u64) -> Vec<u8> {
+    let mut bytes = pattern(0, PAGE);
+    if s > 0 {
+        bytes[..8].copy_from_slice(&s.to_le_bytes());
+    }
+    bytes
 }
 
 /// A file that is opened, mapped, stored to, unmapped and closed.
 pub(crate) fn mapped_once(dir: &Path) -> Step {
     let path = whole(dir);
     Box::new(move |s| store(&mut sys::map_shared(&writable(&path(s))).unwrap(), s, 1))
+}
+
+/// Files of a page each, so many that a file's turn comes seldom, ...
+const LATER: u64 = 2000;
+/// ... and mappings of them that are held: so many steps later each is unmapped.
+const HELD: usize = 6;
+
+/// The same, but unmapped only later: until then nothing tells of the store but that the file was opened.
+pub(crate) fn mapped_later(dir: &Path) -> Step {
+    let dir = dir.to_owned();
+    (0..LATER).for_each(|k| make(&dir.join(format!("f{k}")), &pattern(0, PAGE)));
+    let mut held = VecDeque::new();
+    Box::new(move |s| {
+        let mut map = sys::map_shared(&writable(&dir.join(format!("f{}", s % LATER)))).unwrap();
+        store(&mut map, s, 0);
+        held.push_back(map);
+        if held.len() > HELD {
+            held.pop_front();
+        }
+    })
+}
+
+pub(crate) fn stored_later(s: u64) -> Tree {
+    (0..LATER).map(|k| (format!("f{k}"), plain(stored_page(last(s, k, LATER))))).collect()
 }
 
 pub(crate) fn stored_once(s: u64) -> Tree {
