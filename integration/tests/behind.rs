@@ -110,26 +110,20 @@ fn containers_that_are_paused_killed_and_removed_while_they_are_loaded() {
 fn hold_large(containerd: &Containerd, id: &str, image: &Path) -> Reads {
     let (namespace, id) = (containerd.namespace().to_owned(), id.to_owned());
     let is_loader = |pid: i32| {
-        // `load DIRECTORY loader`; the keeper has no third argument.
+        // Of the two that `load`, the keeper reads nothing.
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         line.split(|byte| *byte == 0).nth(1) == Some(b"load")
     };
-    let hold = move |pid| {
-        let said = Command::new(binaries::program("stillframe"))
-            .args(["status", "--json", "--namespace", &namespace, &id])
-            .output()
-            .unwrap();
-        let status: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap_or_default();
-        is_loader(pid) && status[0]["phase"] == "large"
-    };
+    let hold = move |pid| is_loader(pid) && load_status(&namespace, &id)["phase"] == "large";
     Reads::of(&image.join("pages.img"), hold)
 }
 
-fn loaded_files(containerd: &Containerd, id: &str) -> u64 {
-    let said = containerd.stillframe(&["status", "--json", "--namespace", containerd.namespace(), id]);
-    let status: serde_json::Value = serde_json::from_str(&said.unwrap().stdout).unwrap();
-    assert_eq!(status[0]["phase"], "large");
-    status[0]["loaded_files"].as_u64().unwrap()
+/// What is loaded of the one filesystem of a container; null as long as there is no such container.
+fn load_status(namespace: &str, id: &str) -> serde_json::Value {
+    let program = binaries::program("stillframe");
+    let said = Command::new(program).args(["status", "--json", "--namespace", namespace, id]).output();
+    let status: serde_json::Value = serde_json::from_slice(&said.unwrap().stdout).unwrap_or_default();
+    status[0].clone()
 }
 
 #[test]
@@ -153,7 +147,9 @@ fn a_checkpoint_by_containerd_waits_for_nothing_that_is_being_loaded() {
     let container = spec.start().unwrap();
     reads.await_held();
     containerd.checkpoint(container.id(), AGAIN).unwrap();
-    assert!(loaded_files(&containerd, container.id()) < 121);
+    let status = load_status(containerd.namespace(), container.id());
+    assert_eq!(status["phase"], "large");
+    assert!(status["loaded_files"].as_u64().unwrap() < 121);
     assert_eq!(container.status().unwrap().as_deref(), Some("RUNNING"));
     drop(reads);
     same(&container);

@@ -61,7 +61,7 @@ impl<S: ArchiveSource> Members<S> {
     /// The next member; `None` where the archive ends as it has to.
     pub(crate) fn next(&mut self) -> Result<Option<Member<'_>>, ReadTreeError> {
         let mut has_extended = false;
-        let (at, size) = loop {
+        let (size, length) = loop {
             if !self.has(BLOCK)? || self.buffer[self.at..self.at + BLOCK] == TRAILER[..BLOCK] {
                 return self.end(has_extended).map(|()| None);
             }
@@ -79,17 +79,16 @@ impl<S: ArchiveSource> Members<S> {
             if is_extended && has_extended {
                 return Err(self.fail(TreeFault::Pax));
             }
-            let at = self.at;
             if !is_extended {
-                break (at, size);
+                break (size, length);
             }
             self.extended.clear();
-            self.extended.extend_from_slice(&self.buffer[at + BLOCK..at + BLOCK + size]);
+            self.extended.extend_from_slice(&self.buffer[self.at + BLOCK..self.at + BLOCK + size]);
             has_extended = true;
             self.skip(length);
         };
-        let offset = self.offset;
-        self.skip(BLOCK + size.next_multiple_of(BLOCK));
+        let (at, offset) = (self.at, self.offset);
+        self.skip(length);
         Ok(Some(Member {
             header: Header::from_byte_slice(&self.buffer[at..at + BLOCK]),
             extended: if has_extended { &self.extended } else { &[] },

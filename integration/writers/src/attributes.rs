@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::XattrFlags;
 
-use crate::{FILES, Seen, Step, Tree, last, make, pattern};
+use crate::{FILES, Seen, Step, Tree, last, make_small, pattern};
 
-pub(crate) fn small(dir: &Path) -> impl Fn(u64) -> PathBuf + use<> {
+fn small(dir: &Path) -> impl Fn(u64) -> PathBuf + use<> {
     let dir = dir.to_owned();
-    (0..FILES).for_each(|k| make(&dir.join(format!("f{k}")), &pattern(k, 100)));
+    make_small(&dir);
     move |s| dir.join(format!("f{}", s % FILES))
 }
 

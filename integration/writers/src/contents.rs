@@ -91,7 +91,7 @@ pub(crate) fn splice(dir: &Path) -> Step {
     })
 }
 
-pub(crate) const SOURCES: u64 = 50;
+const SOURCES: u64 = 50;
 
 pub(crate) fn copy_range(dir: &Path) -> Step {
     let file = writable(&large(dir));
@@ -118,7 +118,7 @@ pub(crate) fn copied_pages(s: u64) -> Tree {
     ])
 }
 
-pub(crate) const APPENDED: u64 = 700;
+const APPENDED: u64 = 700;
 
 pub(crate) fn append(dir: &Path) -> Step {
     let path = dir.join("log");
@@ -138,7 +138,7 @@ pub(crate) fn appended(s: u64) -> Tree {
     Tree::from([("log".to_owned(), plain(content))])
 }
 
-pub(crate) fn length(s: u64, k: u64) -> u64 {
+fn length(s: u64, k: u64) -> u64 {
     last(s, k, FILES) * 7919 % 90_000
 }
 
@@ -162,7 +162,7 @@ pub(crate) fn resized(s: u64) -> Tree {
     (0..FILES).map(|k| (format!("f{k}"), plain(vec![0; length(s, k) as usize]))).collect()
 }
 
-pub(crate) const HOLES: u64 = 40;
+const HOLES: u64 = 40;
 
 pub(crate) fn punch(dir: &Path) -> Step {
     let path = dir.join("holes");

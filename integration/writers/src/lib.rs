@@ -127,3 +127,8 @@ fn writable(path: &Path) -> File {
 fn make(path: &Path, content: &[u8]) {
     fs::write(path, content).unwrap();
 }
+
+/// Makes `f0`, `f1`, ... of 100 bytes each, whose contents stay.
+fn make_small(dir: &Path) {
+    (0..FILES).for_each(|k| make(&dir.join(format!("f{k}")), &pattern(k, 100)));
+}

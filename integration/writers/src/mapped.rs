@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::contents::{WHOLE, large, whole};
 use crate::{FILES, PAGE, PAGES, Step, Tree, last, make, pattern, plain, sys, writable};
 
-pub(crate) fn store(map: &mut memmap2::MmapMut, s: u64, page: u64) {
+fn store(map: &mut memmap2::MmapMut, s: u64, page: u64) {
     let at = (page * PAGE) as usize;
     // One store, so that it is there or isn't.
     sys::store(&mut map[at..at + 8], s);
@@ -69,12 +69,7 @@ pub(crate) fn stored_later(s: u64) -> Tree {
 }
 
 pub(crate) fn stored_once(s: u64) -> Tree {
-    let file = |k| {
-        let mut bytes = pattern(0, WHOLE);
-        if last(s, k, FILES) > 0 {
-            bytes[PAGE as usize..PAGE as usize + 8].copy_from_slice(&last(s, k, FILES).to_le_bytes());
-        }
-        (format!("f{k}"), plain(bytes))
-    };
-    (0..FILES).map(file).collect()
+    let content =
+        |k| [pattern(0, PAGE), stored_page(last(s, k, FILES)), pattern(0, WHOLE - 2 * PAGE)].concat();
+    (0..FILES).map(|k| (format!("f{k}"), plain(content(k)))).collect()
 }

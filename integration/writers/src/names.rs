@@ -8,21 +8,21 @@ use std::path::Path;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 
 use crate::contents::WHOLE;
-use crate::{FILES, Seen, Step, Tree, count, last, make, pattern, plain};
+use crate::{FILES, Seen, Step, Tree, count, last, make, make_small, pattern, plain};
 
-pub(crate) fn is_odd(s: u64, k: u64) -> bool {
+fn is_odd(s: u64, k: u64) -> bool {
     !count(s, k, FILES).is_multiple_of(2)
 }
 
 /// Names are longer or shorter, in this directory or another one.
-pub(crate) fn names(k: u64, odd: bool) -> String {
+fn names(k: u64, odd: bool) -> String {
     if odd { format!("other/of-the-same-file-{k}") } else { format!("f{k}") }
 }
 
 pub(crate) fn rename(dir: &Path) -> Step {
     let dir = dir.to_owned();
     fs::create_dir(dir.join("other")).unwrap();
-    (0..FILES).for_each(|k| make(&dir.join(names(k, false)), &pattern(k, 100)));
+    make_small(&dir);
     Box::new(move |s| {
         let k = s % FILES;
         fs::rename(dir.join(names(k, !is_odd(s, k))), dir.join(names(k, is_odd(s, k)))).unwrap();
@@ -55,7 +55,7 @@ pub(crate) fn exchanged(s: u64) -> Tree {
 pub(crate) fn link(dir: &Path) -> Step {
     let dir = dir.to_owned();
     fs::create_dir(dir.join("other")).unwrap();
-    (0..FILES).for_each(|k| make(&dir.join(names(k, false)), &pattern(k, 100)));
+    make_small(&dir);
     Box::new(move |s| {
         let k = s % FILES;
         let (first, second) = (dir.join(names(k, false)), dir.join(names(k, true)));
