@@ -467,6 +467,44 @@ fn the_command_tells_and_waits() {
 }
 
 #[test]
+fn few_descriptors_are_enough_for_many_files_and_directories() {
+    const FILES: usize = 3_000;
+    const GATED: usize = 60;
+    let name = |index: usize| format!("dir{index}/file");
+    // Every fifth is large.
+    let size = |index: usize| if index.is_multiple_of(5) { 70_000 } else { 100 + index };
+    let mut pod = Pod::new();
+    pod.running("c", CONFIG);
+    for index in 0..FILES {
+        let path = pod.mount("c.0").join(name(index));
+        fs::create_dir(path.parent().unwrap()).unwrap();
+        fs::write(&path, contents(&name(index), size(index))).unwrap();
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let image = dir.path().join("image");
+    pod.checkpoint("c", &image, &[]).unwrap();
+    let program = dir.path().join("limited");
+    let script =
+        format!("#!/bin/sh\nulimit -n {}\nexec {} \"$@\"\n", 500 + GATED, env!("CARGO_BIN_EXE_stillframe"));
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+
+    let mut pod = pod_with(&program.to_string_lossy(), false);
+    pod.prepare("c", CONFIG, Some(&image)).unwrap();
+    let record = fs::read(pod.state().join("s/filesystems/c.0/load.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
+    let gated = record["files"].as_array().unwrap().iter().filter(|file| file.is_number()).count();
+    assert_eq!(gated, GATED);
+    pod.start("c", &mut sleep());
+    let status = loaded(&pod);
+    assert_eq!((status.loaded_files, status.failed_files, status.errors), (FILES as u64, 0, Vec::new()));
+    let root = pod.mount("c.0");
+    for index in 0..FILES {
+        assert!(fs::read(root.join(name(index))).unwrap() == contents(&name(index), size(index)), "{index}");
+    }
+}
+
+#[test]
 fn an_error_of_the_program_is_told() {
     let saved = save();
     let mut pod = pod_with("/bin/false", false);

@@ -18,14 +18,15 @@ pub mod unloaded;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, OFlags, Timespec, Timestamps};
 use serde::{Deserialize, Serialize};
-use stillframe_pgalloc::{PageExtent, PagesOffset};
+use stillframe_pgalloc::{AsyncPagesFileLoad, FileBatch, LoadError, LoadTarget, PageExtent, PagesOffset};
 
 use crate::entry::{Attributes, Xattr};
 pub use crate::small::SmallFiles;
-use crate::small::{SmallFile, set_flags};
+use crate::small::{BATCH_BYTES, BATCH_FILES, SmallFile, set_flags};
 use crate::sys::descriptor;
 use crate::sys::handle::FileHandle;
 use crate::xattr::{self, Inode};
@@ -182,6 +183,66 @@ impl Loading {
             set_flags(file, self.flags)?;
         }
         Ok(())
+    }
+}
+
+/// Has `files` loaded which nobody can reach yet; `on` is open on a writable mount of their filesystem. Those that wait for their turn
+/// have no descriptor, but for as many as the loader has of large ones.
+///
+/// # Errors
+///
+/// One can't be opened, or the load has failed.
+pub fn load_ungated<'a>(
+    files: impl Iterator<Item = &'a PendingFile>,
+    on: &File,
+    loader: &AsyncPagesFileLoad,
+) -> Result<(), LoadError> {
+    let failed = |source| LoadError::Open { source: Arc::new(source) };
+    let on = Arc::new(on.try_clone().map_err(failed)?);
+    let mut batch = Ungated { on: on.clone(), files: Vec::new(), bytes: 0 };
+    for pending in files {
+        if pending.bytes() >= BATCH_BYTES {
+            // Several threads can load it.
+            let begun = Loading::again(pending);
+            loader.load_ranges_into(vec![LoadTarget {
+                on_loaded: Some(Box::new(move |file| begun.complete(file))),
+                ..LoadTarget::new(Arc::new(pending.open(&on).map_err(failed)?), pending.extents())
+            }])?;
+            continue;
+        }
+        batch.bytes += pending.bytes();
+        batch.files.push((pending.clone(), pending.extents()));
+        if batch.bytes >= BATCH_BYTES || batch.files.len() >= BATCH_FILES {
+            let next = Ungated { on: on.clone(), files: Vec::new(), bytes: 0 };
+            loader.load_batch(Box::new(std::mem::replace(&mut batch, next)))?;
+        }
+    }
+    if batch.is_empty() { Ok(()) } else { loader.load_batch(Box::new(batch)) }
+}
+
+/// Files of a batch with their contents' places.
+struct Ungated {
+    on: Arc<File>,
+    files: Vec<(PendingFile, Vec<PageExtent>)>,
+    bytes: u64,
+}
+
+impl FileBatch for Ungated {
+    fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    fn extents(&self, index: usize) -> &[PageExtent] {
+        &self.files[index].1
+    }
+
+    fn open(&mut self, index: usize) -> io::Result<File> {
+        self.files[index].0.open(&self.on)
+    }
+
+    fn loaded(&mut self, index: usize, file: &File) -> io::Result<()> {
+        // Nobody has it yet: it is as it was saved.
+        Loading::again(&self.files[index].0).complete(file)
     }
 }
 

@@ -208,13 +208,11 @@ impl SmallFiles {
     ///
     /// A directory can't be opened, or the load has failed.
     pub fn load(self, on: &File, loader: &AsyncPagesFileLoad) -> Result<(), LoadError> {
-        let mut batch = Batch::default();
-        for (handle, files) in self.directories {
-            let directory = handle.open(on.as_fd(), OFlags::DIRECTORY);
-            let directory =
-                Arc::new(directory.map_err(|source| LoadError::Open { source: Arc::new(source) })?);
+        let on = on.try_clone().map_err(|source| LoadError::Open { source: Arc::new(source) })?;
+        let mut batch = Batch::new(Arc::new(on));
+        for (directory, files) in self.directories {
             for file in files {
-                if let Some(full) = batch.push(&directory, file) {
+                if let Some(full) = batch.push(directory, file) {
                     loader.load_batch(Box::new(full))?;
                 }
             }
@@ -223,20 +221,33 @@ impl SmallFiles {
     }
 }
 
-/// Small files that one loader thread loads.
-#[derive(Default)]
+/// Small files that one loader thread loads. Many of them may wait, so none has a descriptor: a directory is opened when it is
+/// the turn of the first file in it.
 pub(crate) struct Batch {
-    files: Vec<(Arc<File>, SmallFile)>,
+    on: Arc<File>,
+    files: Vec<(FileHandle, SmallFile)>,
     bytes: u64,
+    directory: Option<(FileHandle, File)>,
 }
 
 impl Batch {
+    /// `on` is open on a writable mount of their filesystem.
+    pub(crate) fn new(on: Arc<File>) -> Self {
+        Self { on, files: Vec::new(), bytes: 0, directory: None }
+    }
+
     /// Adds a file; gives the batch away if it is full.
-    pub(crate) fn push(&mut self, directory: &Arc<File>, file: SmallFile) -> Option<Self> {
+    pub(crate) fn push(&mut self, directory: FileHandle, file: SmallFile) -> Option<Self> {
         self.bytes += file.bytes();
-        self.files.push((directory.clone(), file));
+        self.files.push((directory, file));
         let full = self.files.len() >= BATCH_FILES || self.bytes >= BATCH_BYTES;
-        full.then(|| std::mem::take(self))
+        full.then(|| self.take())
+    }
+
+    /// What is in it.
+    pub(crate) fn take(&mut self) -> Self {
+        let empty = Self::new(self.on.clone());
+        std::mem::replace(self, empty)
     }
 }
 
@@ -250,8 +261,17 @@ impl FileBatch for Batch {
     }
 
     fn open(&mut self, index: usize) -> io::Result<File> {
-        let (directory, file) = &self.files[index];
-        file.open(directory).map_err(|error| {
+        let (handle, file) = &self.files[index];
+        let is_open = self.directory.as_ref().is_some_and(|(open, _)| open == handle);
+        let opened = if is_open {
+            Ok(())
+        } else {
+            let opened = handle.open(self.on.as_fd(), OFlags::DIRECTORY);
+            opened.map(|opened| self.directory = Some((*handle, opened)))
+        };
+        let directory = self.directory.as_ref();
+        let opened = opened.and_then(|()| file.open(&directory.expect("it was opened just now").1));
+        opened.map_err(|error| {
             io::Error::new(error.kind(), format!("\"{}\": {error}", file.name.escape_ascii()))
         })
     }

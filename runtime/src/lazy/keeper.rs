@@ -34,8 +34,8 @@ use crate::process;
 pub(super) const READY: &str = "ready";
 /// Loaders that may die in a row without having loaded a file.
 const MAX_DEATHS: u32 = 5;
-/// Descriptors that the loader needs for other things than large files: the small ones that wait in its queue.
-const OTHER_DESCRIPTORS: u64 = 5_000;
+/// Descriptors that keeper and loader need for other things than files behind the gate: what is being loaded otherwise, and the like.
+const OTHER_DESCRIPTORS: u64 = 500;
 
 pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
     let failed = at("keep the gate of", directory);

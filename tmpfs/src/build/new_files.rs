@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use stillframe_pgalloc::{BatchLoader, FileBatch, LoadError, PageExtent};
@@ -77,7 +76,7 @@ impl NewFiles {
     pub(super) fn load(
         &mut self,
         names: &Names<'_>,
-        directory: &Arc<File>,
+        directory: &File,
         loader: &mut BatchLoader<'_>,
     ) -> Result<Vec<(usize, FileHandle)>, BuildError> {
         let Some(last) = self.files.last() else { return Ok(Vec::new()) };

@@ -51,7 +51,8 @@ enum Ready {
 
 /// An open directory.
 struct Directory<'d> {
-    file: &'d Arc<File>,
+    file: &'d File,
+    handle: FileHandle,
     /// Whether what is made in it gets nothing from it but its place.
     plain: bool,
     /// Whether small files in it are loaded by other threads.
@@ -73,12 +74,13 @@ impl<'a> Worker<'a> {
         };
         let loader = loader.transpose();
         let loader = loader.map_err(|source| BuildError::Load { path: names.tree.path(0), source })?;
-        let (making, batch) = (Making { exact, me }, Batch::default());
+        let on = names.root.try_clone().map_err(failed(names.tree, "open", 0))?;
+        let (making, batch) = (Making { exact, me }, Batch::new(Arc::new(on)));
         Ok(Self { names, making, batch, new: NewFiles::default(), loader, made: Made::default() })
     }
 
     pub(super) fn finish(mut self) -> Result<Made, BuildError> {
-        let batch = std::mem::take(&mut self.batch);
+        let batch = self.batch.take();
         if !batch.is_empty() {
             self.load(Ready::Batch(batch), self.names.tree.entries.len() - 1)?;
         }
@@ -90,10 +92,10 @@ impl<'a> Worker<'a> {
         let Names { root, tree, directories, .. } = self.names;
         let (index, handle) = (directories.indices[task.number], directories.handle(task.number));
         let open = failed(tree, "open", index);
-        let file = Arc::new(handle.open(root.as_fd(), OFlags::DIRECTORY).map_err(&open)?);
+        let file = handle.open(root.as_fd(), OFlags::DIRECTORY).map_err(&open)?;
         let plain = task.plain.map_or_else(|| is_plain(&file), Ok).map_err(&open)?;
         let children = directories.children(task.number);
-        let directory = Directory { file: &file, plain, crowded: children.len() > CROWDED };
+        let directory = Directory { file: &file, handle, plain, crowded: children.len() > CROWDED };
         let (mut below, mut small, mut rest) = (Vec::new(), Vec::new(), None);
         for (done, index) in children.iter().copied().enumerate().skip(task.done) {
             if self.names.has_failed() {
@@ -148,7 +150,7 @@ impl<'a> Worker<'a> {
         if self.new.push(new, file) { self.load_new(directory.file) } else { Ok(()) }
     }
 
-    fn load_new(&mut self, directory: &Arc<File>) -> Result<(), BuildError> {
+    fn load_new(&mut self, directory: &File) -> Result<(), BuildError> {
         let Some(loader) = &mut self.loader else { return Ok(()) };
         self.made.handles.extend(self.new.load(self.names, directory, loader)?);
         Ok(())
@@ -186,7 +188,7 @@ impl<'a> Worker<'a> {
     ) -> io::Result<Ready> {
         let entry = &self.names.tree.entries[index];
         let attributes = on_host(&entry.attributes, &self.names.options.ids);
-        let (dir, name) = (&**directory.file, entry.name.as_slice());
+        let (dir, name) = (directory.file, entry.name.as_slice());
         match &entry.kind {
             Kind::Directory => unreachable!("it has a function of its own"),
             Kind::File { size, extents } => {
@@ -209,7 +211,7 @@ impl<'a> Worker<'a> {
                     small.push(file);
                     return Ok(Ready::Nothing);
                 }
-                return Ok(self.batch.push(directory.file, file).map_or(Ready::Nothing, Ready::Batch));
+                return Ok(self.batch.push(directory.handle, file).map_or(Ready::Nothing, Ready::Batch));
             }
             Kind::HardLink { target } => {
                 self.link(dir, entry, *target)?;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use stillframe_pgalloc::{AsyncPagesFileLoad, DigestTable, LoadError, LoadOptions, LoadTarget};
-use stillframe_tmpfs::lazy::{Loading, PendingFile, SmallFiles, gate};
+use stillframe_tmpfs::lazy::{Loading, PendingFile, SmallFiles, gate, load_ungated};
 
 use super::{Keeper, Loader, Stage, State};
 use crate::cli::chain;
@@ -150,20 +150,7 @@ impl Loader {
         digests: &DigestTable,
     ) -> Result<(), String> {
         let load = self.load_pages(pages, digests).map_err(|error| chain(&error))?;
-        let mut enqueued = small.load(&self.root, &load);
-        for pending in open {
-            if enqueued.is_err() {
-                break;
-            }
-            let opened = pending.open(&self.root);
-            let file = opened.map_err(|error| format!("open a restored file: {error}"))?;
-            // Nobody has it yet: it is as it was saved.
-            let begun = Loading::again(pending);
-            enqueued = load.load_ranges_into(vec![LoadTarget {
-                on_loaded: Some(Box::new(move |file| begun.complete(file))),
-                ..LoadTarget::new(Arc::new(file), pending.extents())
-            }]);
-        }
+        let enqueued = small.load(&self.root, &load).and_then(|()| load_ungated(open, &self.root, &load));
         // The load's own error is the cause.
         let loaded = load.finish().map(drop).and(enqueued);
         loaded.map_err(|error| format!("load {}: {}", self.pages_path.display(), chain(&error)))
