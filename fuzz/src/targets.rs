@@ -36,7 +36,7 @@ pub fn tree(data: &[u8]) {
         assert!(tree.entries[entry.parent].kind == Kind::Directory);
     }
     assert!(tree.page_bytes(65536) >= tree.page_bytes(4096));
-    assert!(tree.huge_page_bytes(4096, 2 << 20) >= tree.page_bytes(4096));
+    assert!(tree.huge_page_bytes(4096, 2 << 20, 0, false) >= tree.page_bytes(4096));
 }
 
 fn mend_header(block: &mut [u8]) {

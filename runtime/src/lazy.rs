@@ -138,20 +138,28 @@ fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Lazy
     move |source| LazyError::File { operation, path: path.to_owned(), source }
 }
 
-/// Starts loading the large and the small files of the filesystem whose state directory is `directory`, from `pages` (at `pages_path`), to huge pages
-/// if `huge`. When this returns, nobody can read what isn't there; nothing is loaded before [`join`].
+/// A filesystem's huge pages.
+pub(crate) struct Huge {
+    /// Its option `huge=`, if it gives files huge pages by itself.
+    pub(crate) option: Option<String>,
+    /// Whether the large files get huge pages. Small ones never do: see `stillframe_tmpfs::huge`.
+    pub(crate) fits: bool,
+}
+
+/// Starts loading the large and the small files of the filesystem whose state directory is `directory`, from `pages` (at `pages_path`).
+/// When this returns, nobody can read what isn't there; nothing is loaded before [`join`].
 pub(crate) fn start(
     program: &Path,
     directory: &Path,
     (large, small): (Vec<PendingFile>, SmallFiles),
-    huge: bool,
+    huge: Huge,
     (pages, pages_path): (&File, &Path),
     meta: &PagesMeta,
 ) -> Result<Option<HeldGate>, LazyError> {
     // Huge pages come only by writing. It changes times for as long as a file is loaded.
-    let quiet = can_install() && !huge;
+    let quiet = can_install() && !huge.fits;
     let pages_path = pages_path.to_owned();
-    files::prepare(directory, &PendingList { large, quiet, pages_path }, &small, meta)?;
+    files::prepare(directory, &PendingList { large, quiet, huge: huge.option, pages_path }, &small, meta)?;
     let failed = |source| LazyError::Start { program: program.to_owned(), source };
     let mut child = Command::new(program)
         .args([OsStr::new(ARGUMENT), directory.as_os_str()])

@@ -20,7 +20,9 @@ pub(crate) mod pod;
 use std::path::{Path, PathBuf};
 
 use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadOptions, MemoryFile, PrivateMemoryFileMeta};
-use stillframe_tmpfs::build::{BuildOptions, build_names, build_tree, check_tree, takes_huge_pages};
+use stillframe_tmpfs::build::{
+    BuildOptions, build_names, build_tree, check_tree, huge_option, takes_huge_pages,
+};
 use stillframe_tmpfs::entry::Tree;
 use stillframe_tmpfs::filestore::{self, FilestoreError, Root};
 use stillframe_tmpfs::lazy::PendingFile;
@@ -30,7 +32,7 @@ use stillframe_tmpfs::private::{self};
 use stillframe_tmpfs::{Ids, ResourceId};
 
 use crate::image::Image;
-use crate::lazy::{self, HeldGate, Load};
+use crate::lazy::{self, HeldGate, Huge, Load};
 use crate::manifest::{Manifest, Offsets, PrivateFormat};
 pub use crate::restore::error::RestoreError;
 
@@ -273,7 +275,7 @@ fn behind(
     let mut gate = None;
     if sum.0 > 0 {
         let directory = target.mountpoint.parent().expect("it is in the filesystem's directory");
-        let huge = takes_huge_pages(&root, tree);
+        let huge = Huge { option: huge_option(&root), fits: takes_huge_pages(&root, tree, lazy::LARGE) };
         let files = (large, small);
         gate = lazy::start(program, directory, files, huge, (&image.pages, image.pages_path()), &image.meta)
             .map_err(|source| RestoreError::Behind { id: id(), source })?;

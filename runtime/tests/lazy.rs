@@ -206,6 +206,13 @@ fn files_on_huge_pages_keep_them() {
     assert_whole(&root, &saved);
     let blocks = root.join(large(0)).metadata().unwrap().blocks();
     assert_eq!(blocks % 4096, 0, "{blocks} blocks of 512 bytes aren't whole huge pages");
+    // One for each would be more than there is room for.
+    for index in 0..SMALL {
+        assert!(root.join(small(index)).metadata().unwrap().blocks() <= 8, "{index}");
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let line = mounts.lines().find(|line| line.contains(root.to_str().unwrap())).unwrap();
+    assert!(line.contains("huge=always"), "{line}");
 }
 
 #[test]

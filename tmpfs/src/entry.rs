@@ -138,21 +138,28 @@ impl Tree {
 
     /// Bytes of memory that the tree's file pages take on a tmpfs with pages of `page_size` bytes.
     pub fn page_bytes(&self, page_size: u64) -> u64 {
-        self.pages_up_to(page_size, |_| u64::MAX)
+        self.pages(|_| page_size, |_, _| u64::MAX)
     }
 
-    /// The most that they take where they may get pages of `huge_page` bytes, of which what lies behind a file's last page of
-    /// `page_size` bytes doesn't count.
-    pub fn huge_page_bytes(&self, page_size: u64, huge_page: u64) -> u64 {
-        self.pages_up_to(huge_page, |size| size.next_multiple_of(page_size))
+    /// The most that they take where files with at least `from` bytes of data may get pages of `huge_page` bytes. `tails`: also of what
+    /// lies behind a file's last page of `page_size` bytes.
+    pub fn huge_page_bytes(&self, page_size: u64, huge_page: u64, from: u64, tails: bool) -> u64 {
+        let huge = |bytes: u64| bytes >= from;
+        self.pages(
+            |bytes| if huge(bytes) { huge_page } else { page_size },
+            |size, bytes| {
+                if tails && huge(bytes) { u64::MAX } else { size.next_multiple_of(page_size) }
+            },
+        )
     }
 
-    /// Bytes of the pages of `page_size` bytes that hold data, up to what `end` gives for a file's size.
-    fn pages_up_to(&self, page_size: u64, end: impl Fn(u64) -> u64) -> u64 {
+    /// Bytes of the pages that hold data, by a file's size and bytes of data: pages of `page_size(bytes)`, up to `end(size, bytes)`.
+    fn pages(&self, page_size: impl Fn(u64) -> u64, end: impl Fn(u64, u64) -> u64) -> u64 {
         let mut total = 0u64;
         for entry in &self.entries {
             let Kind::File { size, extents } = &entry.kind else { continue };
-            let file_end = end(*size);
+            let data = extents.iter().map(|extent| extent.length).sum();
+            let (page_size, file_end) = (page_size(data), end(*size, data));
             let mut counted_to = 0; // two extents may share a page that is larger than the image's
             for extent in extents {
                 let start = (extent.file_offset / page_size).max(counted_to);

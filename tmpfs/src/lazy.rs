@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use stillframe_pgalloc::{AsyncPagesFileLoad, FileBatch, LoadError, LoadTarget, PageExtent, PagesOffset};
 
 use crate::entry::{Attributes, Xattr};
+pub use crate::huge::SmallPages;
 pub use crate::small::SmallFiles;
 use crate::small::{BATCH_BYTES, BATCH_FILES, SmallFile, set_flags};
 use crate::sys::descriptor;

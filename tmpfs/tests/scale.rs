@@ -249,6 +249,33 @@ fn huge_pages_are_huge_again() {
     }
 }
 
+fn huge_option(filesystem: &Tmpfs) -> Option<String> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let line = mounts.lines().find(|line| line.contains(filesystem.path().to_str().unwrap())).unwrap();
+    let mut options = line.rsplit(' ').next().unwrap().split(',');
+    options.find(|option| option.starts_with("huge=")).map(str::to_owned)
+}
+
+/// What the kernel would take back behind the ends of files isn't taken in the first place.
+#[test]
+fn small_files_take_no_huge_pages_where_not_all_have_room_for_one() {
+    let old = Tmpfs::new(&[]);
+    for number in 0..40 {
+        fs::write(old.path().join(format!("f{number}")), noise(5000, number)).unwrap();
+    }
+    fs::write(old.path().join("large"), noise(5 << 20, 40)).unwrap();
+    let saved = save(&old);
+    let small = 40 * 2 * 4096 + (5 << 20);
+    // Three huge pages for the large one.
+    for (size, used) in [(64 << 20, small), (86 << 20, 43 << 21)] {
+        let new = Tmpfs::new(&["huge=always", &format!("size={size}")]);
+        saved.restore(&new, &DEVICES()).unwrap();
+        assert_eq!(usage(new.path()).unwrap().used_bytes, Some(used), "size={size}");
+        assert_eq!(filesystem::describe(&new), filesystem::describe(&old));
+        assert_eq!(huge_option(&new).as_deref(), Some("huge=always"));
+    }
+}
+
 /// Scattered data, for which huge pages would take all of the file's size.
 #[test]
 fn what_fits_with_small_pages_is_restored_where_huge_pages_would_not_fit() {
@@ -260,16 +287,6 @@ fn what_fits_with_small_pages_is_restored_where_huge_pages_would_not_fit() {
         sparse.write_all_at(&data, page << 21).unwrap();
     }
     let saved = save(&old);
-    let huge_option = |filesystem: &Tmpfs| {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let line = mounts.lines().find(|line| line.contains(filesystem.path().to_str().unwrap())).unwrap();
-        line.rsplit(' ')
-            .next()
-            .unwrap()
-            .split(',')
-            .find(|option| option.starts_with("huge="))
-            .map(str::to_owned)
-    };
     for huge in ["always", "within_size"] {
         for size in [PAGES * 4096, 16 << 20] {
             let option = format!("huge={huge}");

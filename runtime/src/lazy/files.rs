@@ -53,6 +53,8 @@ pub(crate) struct PendingList {
     pub(crate) large: Vec<PendingFile>,
     /// Whether the large ones get their pages without being written to.
     pub(crate) quiet: bool,
+    /// The filesystem's option `huge=`, if it gives files huge pages by itself.
+    pub(crate) huge: Option<String>,
     /// Where the pages file was, for errors.
     pub(crate) pages_path: PathBuf,
 }

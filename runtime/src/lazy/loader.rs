@@ -83,6 +83,7 @@ struct Loader {
     root: File,
     large: Vec<PendingFile>,
     quiet: bool,
+    huge: Option<String>,
     pages_path: PathBuf,
     state: Mutex<State>,
     changed: Condvar,
@@ -150,6 +151,7 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
         root,
         large: list.large,
         quiet: list.quiet,
+        huge: list.huge,
         pages_path: list.pages_path,
         state: Mutex::new(State {
             stages,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use stillframe_pgalloc::{AsyncPagesFileLoad, DigestTable, LoadError, LoadOptions, LoadTarget};
-use stillframe_tmpfs::lazy::{Loading, PendingFile, SmallFiles, gate, load_ungated};
+use stillframe_tmpfs::lazy::{Loading, PendingFile, SmallFiles, SmallPages, gate, load_ungated};
 
 use super::{Keeper, Loader, Stage, State};
 use crate::cli::chain;
@@ -150,6 +150,9 @@ impl Loader {
         digests: &DigestTable,
     ) -> Result<(), String> {
         let load = self.load_pages(pages, digests).map_err(|error| chain(&error))?;
+        let huge = self.huge.clone();
+        let small_pages = huge.map(|huge| SmallPages::instead_of(&self.root, huge)).transpose();
+        let _until_loaded = small_pages.map_err(|error| format!("ask for small pages: {error}"))?;
         let enqueued = small.load(&self.root, &load).and_then(|()| load_ungated(open, &self.root, &load));
         // The load's own error is the cause.
         let loaded = load.finish().map(drop).and(enqueued);
