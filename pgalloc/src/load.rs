@@ -56,14 +56,19 @@ pub struct LoadOptions {
     /// Called before so many bytes of the pages file are read, with their offset and number: somebody else may read them
     /// into the page cache.
     pub before_read: Option<BeforeRead>,
+    /// Called where a file's filesystem has no room for so many more bytes: whether to try again.
+    pub on_full: Option<OnFull>,
 }
 
 /// See [`LoadOptions::before_read`].
 pub type BeforeRead = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
+/// See [`LoadOptions::on_full`].
+pub type OnFull = Arc<dyn Fn(u64) -> bool + Send + Sync>;
+
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { threads: 2, before_read: None }
+        Self { threads: 2, before_read: None, on_full: None }
     }
 }
 
@@ -161,6 +166,7 @@ impl AsyncPagesFileLoad {
             pages_file,
             digests,
             before_read: options.before_read,
+            on_full: options.on_full,
             queue: Queue::default(),
             bytes,
             files,

@@ -138,12 +138,14 @@ fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Lazy
     move |source| LazyError::File { operation, path: path.to_owned(), source }
 }
 
-/// A filesystem's huge pages.
-pub(crate) struct Huge {
+/// What is known of a filesystem before anything is loaded.
+pub(crate) struct Fresh {
     /// Its option `huge=`, if it gives files huge pages by itself.
-    pub(crate) option: Option<String>,
+    pub(crate) huge: Option<String>,
     /// Whether the large files get huge pages. Small ones never do: see `stillframe_tmpfs::huge`.
     pub(crate) fits: bool,
+    /// Its size in bytes, if it is a tmpfs with one.
+    pub(crate) size: Option<u64>,
 }
 
 /// Starts loading the large and the small files of the filesystem whose state directory is `directory`, from `pages` (at `pages_path`).
@@ -152,14 +154,15 @@ pub(crate) fn start(
     program: &Path,
     directory: &Path,
     (large, small): (Vec<PendingFile>, SmallFiles),
-    huge: Huge,
+    fresh: Fresh,
     (pages, pages_path): (&File, &Path),
     meta: &PagesMeta,
 ) -> Result<Option<HeldGate>, LazyError> {
     // Huge pages come only by writing. It changes times for as long as a file is loaded.
-    let quiet = can_install() && !huge.fits;
+    let quiet = can_install() && !fresh.fits;
     let pages_path = pages_path.to_owned();
-    files::prepare(directory, &PendingList { large, quiet, huge: huge.option, pages_path }, &small, meta)?;
+    let Fresh { huge, size, .. } = fresh;
+    files::prepare(directory, &PendingList { large, quiet, huge, size, pages_path }, &small, meta)?;
     let failed = |source| LazyError::Start { program: program.to_owned(), source };
     let mut child = Command::new(program)
         .args([OsStr::new(ARGUMENT), directory.as_os_str()])

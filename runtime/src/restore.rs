@@ -25,14 +25,14 @@ use stillframe_tmpfs::build::{
 };
 use stillframe_tmpfs::entry::Tree;
 use stillframe_tmpfs::filestore::{self, FilestoreError, Root};
-use stillframe_tmpfs::lazy::PendingFile;
+use stillframe_tmpfs::lazy::{PendingFile, Room};
 use stillframe_tmpfs::mount::{DefaultMode, TmpfsMount, open_root, open_view, unmount, usage};
 use stillframe_tmpfs::options::TmpfsOptions;
 use stillframe_tmpfs::private::{self};
 use stillframe_tmpfs::{Ids, ResourceId};
 
 use crate::image::Image;
-use crate::lazy::{self, HeldGate, Huge, Load};
+use crate::lazy::{self, Fresh, HeldGate, Load};
 use crate::manifest::{Manifest, Offsets, PrivateFormat};
 pub use crate::restore::error::RestoreError;
 
@@ -275,9 +275,14 @@ fn behind(
     let mut gate = None;
     if sum.0 > 0 {
         let directory = target.mountpoint.parent().expect("it is in the filesystem's directory");
-        let huge = Huge { option: huge_option(&root), fits: takes_huge_pages(&root, tree, lazy::LARGE) };
+        let fresh = Fresh {
+            huge: huge_option(&root),
+            fits: takes_huge_pages(&root, tree, lazy::LARGE),
+            // Where it can't be told, nothing is done about it.
+            size: Room::size(&root).ok().flatten(),
+        };
         let files = (large, small);
-        gate = lazy::start(program, directory, files, huge, (&image.pages, image.pages_path()), &image.meta)
+        gate = lazy::start(program, directory, files, fresh, (&image.pages, image.pages_path()), &image.meta)
             .map_err(|source| RestoreError::Behind { id: id(), source })?;
     }
     Ok((sum, gate))

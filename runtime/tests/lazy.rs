@@ -6,7 +6,7 @@ mod behind;
 mod pod;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -472,6 +472,60 @@ fn the_command_tells_and_waits() {
     let output = end(&waiting);
     assert!(output.status.success(), "{output:?}");
     assert!(String::from_utf8(output.stdout).unwrap().contains("done"));
+}
+
+/// Writes until there is no room.
+fn fill(path: &Path) {
+    let mut file = File::create(path).unwrap();
+    let error = loop {
+        match file.write(&[1; 4096]) {
+            Ok(0) => panic!("nothing is written"),
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+}
+
+#[test]
+fn who_fills_the_filesystem_before_all_is_loaded_takes_no_room_from_it() {
+    const SIZE: u64 = 40 << 20;
+    let saved = save();
+    for huge in ["", "\", \"huge=always"] {
+        let mut pod = lazy_pod();
+        let config = CONFIG.replace("size=256m", &format!("size=40m{huge}"));
+        pod.prepare("c", &config, Some(&saved.image)).unwrap();
+        let root = pod.mount("c.0");
+        fill(&root.join("filler"));
+        pod.start("c", &mut sleep());
+        let status = loaded(&pod);
+        assert_eq!((status.failed_files, status.errors), (0, Vec::new()));
+        assert_whole(&root, &saved);
+        // It is larger by what there would have been no room for, and not by more.
+        let space = rustix::fs::statfs(&root).unwrap();
+        let (size, free) = (space.f_blocks * 4096, space.f_bfree * 4096);
+        assert!(size > SIZE + (20 << 20) && size < SIZE + status.bytes * 2, "{size}");
+        assert_eq!(free, 0, "of {size}");
+        fs::remove_file(root.join("filler")).unwrap();
+        fill(&root.join("filler"));
+    }
+}
+
+#[test]
+fn a_filesystem_is_as_large_as_before_when_what_filled_it_was_removed_meanwhile() {
+    let saved = save();
+    let mut pod = lazy_pod();
+    pod.prepare("c", &CONFIG.replace("size=256m", "size=40m"), Some(&saved.image)).unwrap();
+    let root = pod.mount("c.0");
+    fill(&root.join("filler"));
+    // Files that somebody waits for are loaded at once.
+    read_all(&root, 0..LARGE - 1).iter().for_each(|reader| end(reader).unwrap());
+    assert!(rustix::fs::statfs(&root).unwrap().f_blocks * 4096 > 40 << 20);
+    fs::remove_file(root.join("filler")).unwrap();
+    pod.start("c", &mut sleep());
+    loaded(&pod);
+    assert_whole(&root, &saved);
+    assert_eq!(rustix::fs::statfs(&root).unwrap().f_blocks * 4096, 40 << 20);
 }
 
 #[test]

@@ -11,16 +11,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 
 use rustix::fs::{Mode, OFlags};
-use rustix::mount::{FsPickFlags, fsconfig_reconfigure, fsconfig_set_string, fspick};
 
 use crate::entry::Tree;
+use crate::mount::{TMPFS_MAGIC, reconfigure};
 
-const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// A size that any huge page lies within.
 const LARGE: u64 = 1 << 32;
+const HUGE: &str = "huge";
 const ALWAYS: &str = "always";
 const WITHIN_SIZE: &str = "within_size";
 const NEVER: &str = "never";
@@ -101,14 +100,14 @@ impl SmallPages {
     }
 
     fn set(root: &File, huge: String, instead: &str) -> io::Result<Self> {
-        set(root, instead)?;
+        reconfigure(root, HUGE, instead)?;
         Ok(Self { root: root.try_clone()?, huge })
     }
 }
 
 impl Drop for SmallPages {
     fn drop(&mut self) {
-        if let Err(error) = set(&self.root, &self.huge) {
+        if let Err(error) = reconfigure(&self.root, HUGE, &self.huge) {
             tracing::warn!(huge = self.huge, %error, "a tmpfs couldn't be given its option huge= back");
         }
     }
@@ -131,11 +130,4 @@ fn option(root: &File) -> io::Result<Option<String>> {
     let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some(device.as_str()));
     let options = line.and_then(|line| line.rsplit(' ').next()).unwrap_or_default();
     Ok(options.split(',').find_map(|option| option.strip_prefix("huge=")).map(str::to_owned))
-}
-
-fn set(root: &File, huge: &str) -> io::Result<()> {
-    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
-    let context = fspick(root, "", flags)?;
-    fsconfig_set_string(context.as_fd(), "huge", huge)?;
-    Ok(fsconfig_reconfigure(context.as_fd())?)
 }

@@ -13,6 +13,7 @@
 //! utimensat(2) between that and the first write is lost.
 
 pub mod gate;
+mod room;
 pub mod unloaded;
 
 use std::fs::File;
@@ -25,6 +26,8 @@ use serde::{Deserialize, Serialize};
 use stillframe_pgalloc::{AsyncPagesFileLoad, FileBatch, LoadError, LoadTarget, PageExtent, PagesOffset};
 
 use crate::entry::{Attributes, Xattr};
+pub use room::Room;
+
 pub use crate::huge::SmallPages;
 pub use crate::small::SmallFiles;
 use crate::small::{BATCH_BYTES, BATCH_FILES, SmallFile, set_flags};

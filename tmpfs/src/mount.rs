@@ -21,14 +21,18 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FsWord, Mode, OFlags, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+};
+use rustix::mount::{fsconfig_reconfigure, fsconfig_set_string, fspick};
 
 use crate::IdMap;
 use crate::options::{DataOption, MountFlags, TmpfsOptions};
 use crate::sys::mount::MountAttr;
 
 /// statfs(2)'s `f_type` of the filesystems that are ours: tmpfs, and ext4 on a filestore.
-const MAGICS: [FsWord; 2] = [0x0102_1994, 0xef53];
+const MAGICS: [FsWord; 2] = [TMPFS_MAGIC, 0xef53];
+pub(crate) const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
 /// A tmpfs to be mounted.
 #[derive(Clone, Copy, Debug)]
@@ -296,7 +300,7 @@ fn open_clone(mountpoint: &Path, attributes: MountAttr) -> Result<File, MountErr
 
 /// Whether a tmpfs is mounted at `path`, shown from its root on.
 pub fn is_whole_tmpfs(path: &Path) -> bool {
-    let is_tmpfs = |fd: &OwnedFd| rustix::fs::fstatfs(fd).is_ok_and(|fs| fs.f_type == MAGICS[0]);
+    let is_tmpfs = |fd: &OwnedFd| rustix::fs::fstatfs(fd).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC);
     open_filesystem(path).is_ok_and(|fd| is_tmpfs(&fd))
 }
 
@@ -316,6 +320,14 @@ pub fn unmount(target: &Path) -> Result<(), MountError> {
         Ok(()) | Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => Ok(()),
         Err(errno) => Err(failed("umount2", target)(errno)),
     }
+}
+
+/// Changes an option of the superblock of the filesystem that has `root`, open on any mount of it.
+pub(crate) fn reconfigure(root: &File, option: &str, value: &str) -> io::Result<()> {
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let context = fspick(root, "", flags)?;
+    fsconfig_set_string(context.as_fd(), option, value)?;
+    Ok(fsconfig_reconfigure(context.as_fd())?)
 }
 
 /// Limits and use of the filesystem at `mountpoint`.

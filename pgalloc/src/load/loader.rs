@@ -18,7 +18,7 @@ use crate::digest::{CHUNK_SIZE, DigestTable};
 use crate::load::batch::FileBatch;
 use crate::load::error::LoadError;
 use crate::load::queue::{Part, Queue, Work};
-use crate::load::{AsyncPagesFileLoad, BeforeRead};
+use crate::load::{AsyncPagesFileLoad, BeforeRead, OnFull};
 use crate::page::{MAX_FILE_SIZE, PageExtent, PagesOffset, validate_extents};
 use crate::sys::install::Installer;
 
@@ -30,6 +30,7 @@ pub(crate) struct Shared {
     pub(crate) pages_file: File,
     pub(crate) digests: DigestTable,
     pub(crate) before_read: Option<BeforeRead>,
+    pub(crate) on_full: Option<OnFull>,
     pub(crate) queue: Queue,
     pub(crate) bytes: AtomicU64,
     pub(crate) files: AtomicU64,
@@ -49,6 +50,16 @@ impl Shared {
         // A partial page can be any file's last, here.
         let size = extents.last().and_then(PageExtent::file_end).unwrap_or(MAX_FILE_SIZE);
         Ok(validate_extents(extents, size, self.digests.pages_length())?)
+    }
+
+    /// Has `bytes` written, again while room is made for them. What was written before there was none is written once more.
+    fn with_room(&self, bytes: u64, mut write: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+        loop {
+            match (write(), &self.on_full) {
+                (Err(error), Some(on_full)) if is_full(&error) && on_full(bytes) => {}
+                (written, _) => return written,
+            }
+        }
     }
 
     pub(crate) fn validate_batch(&self, files: &dyn FileBatch) -> Result<(), LoadError> {
@@ -196,16 +207,14 @@ impl Loader {
             }
             let (start, length) = self.window;
             let bytes = &self.buffer[(offset - start) as usize..length.min((end - start) as usize)];
-            let written = if to.quiet {
-                installer(&mut self.installer).and_then(|with| with.install(to.file, file_offset, bytes))
-            } else {
-                to.file.write_all_at(bytes, file_offset)
-            };
-            written.map_err(|source| LoadError::Write {
-                offset: file_offset,
-                pages_offset: PagesOffset(offset),
-                source: Arc::new(source),
-            })?;
+            let installer = &mut self.installer;
+            self.shared.with_room(bytes.len() as u64, || to.write(installer, bytes, file_offset)).map_err(
+                |source| LoadError::Write {
+                    offset: file_offset,
+                    pages_offset: PagesOffset(offset),
+                    source: Arc::new(source),
+                },
+            )?;
             offset += bytes.len() as u64;
             file_offset += bytes.len() as u64;
             self.shared.bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
@@ -239,11 +248,26 @@ impl Loader {
     }
 }
 
+impl To<'_> {
+    fn write(self, made: &mut Option<Installer>, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if self.quiet {
+            installer(made)?.install(self.file, offset, bytes)
+        } else {
+            self.file.write_all_at(bytes, offset)
+        }
+    }
+}
+
 fn installer(made: &mut Option<Installer>) -> io::Result<&Installer> {
     match made {
         Some(installer) => Ok(installer),
         None => Ok(made.insert(Installer::new()?)),
     }
+}
+
+/// ENOMEM is what userfaultfd(2) says where tmpfs has no room (`shmem_mfill_atomic_pte`).
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::ENOMEM))
 }
 
 /// How far to read: to `end`, and on to what follows it in the same or the next chunk.

@@ -55,6 +55,8 @@ pub(crate) struct PendingList {
     pub(crate) quiet: bool,
     /// The filesystem's option `huge=`, if it gives files huge pages by itself.
     pub(crate) huge: Option<String>,
+    /// Bytes of the filesystem by its options, if it is a tmpfs with a size.
+    pub(crate) size: Option<u64>,
     /// Where the pages file was, for errors.
     pub(crate) pages_path: PathBuf,
 }

@@ -31,7 +31,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use stillframe_tmpfs::lazy::gate::{self, Gate};
-use stillframe_tmpfs::lazy::{PendingFile, SmallFiles, inherit};
+use stillframe_tmpfs::lazy::{PendingFile, Room, SmallFiles, inherit};
 use stillframe_tmpfs::mount::open_root;
 
 use super::doors::Doors;
@@ -84,6 +84,7 @@ struct Loader {
     large: Vec<PendingFile>,
     quiet: bool,
     huge: Option<String>,
+    room: Arc<Room>,
     pages_path: PathBuf,
     state: Mutex<State>,
     changed: Condvar,
@@ -139,6 +140,7 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
     }
     let mountpoint = directory.join("mnt");
     let root = open_root(&mountpoint).map_err(|error| at("open", &mountpoint)(io::Error::other(error)))?;
+    let room = room(&root, list.size, &list.large, &small).map_err(&failed)?;
     let schedule = Schedule::new(list.large.iter().map(|file| file.directory).collect(), |index| {
         !matches!(stages[index], Stage::Pending(_))
     });
@@ -152,6 +154,7 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
         large: list.large,
         quiet: list.quiet,
         huge: list.huge,
+        room: Arc::new(room),
         pages_path: list.pages_path,
         state: Mutex::new(State {
             stages,
@@ -194,6 +197,14 @@ pub(super) fn run(directory: &Path) -> Result<(), LazyError> {
         away: Away::default(),
     };
     main.run().map_err(&failed)
+}
+
+/// The filesystem's room for all of its files.
+fn room(root: &File, size: Option<u64>, large: &[PendingFile], small: &SmallFiles) -> io::Result<Room> {
+    let bytes = large.iter().map(PendingFile::bytes).sum::<u64>() + small.bytes();
+    // The last page of a file needn't be full.
+    let pages = bytes + (large.len() + small.len()) as u64 * rustix::param::page_size() as u64;
+    Ok(Room::new(root.try_clone()?, size, pages))
 }
 
 /// What is loaded: a predecessor that has died may not have counted all of it.

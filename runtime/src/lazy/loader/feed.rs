@@ -43,7 +43,12 @@ impl Loader {
                 let _ = channel::call(channel, Message::ReadAhead { offset, length: ahead.end - offset });
             }
         };
-        let options = LoadOptions { before_read: Some(Arc::new(before_read)), ..LoadOptions::default() };
+        let room = self.room.clone();
+        let options = LoadOptions {
+            before_read: Some(Arc::new(before_read)),
+            on_full: Some(Arc::new(move |bytes| room.make(bytes))),
+            ..LoadOptions::default()
+        };
         AsyncPagesFileLoad::new(pages, digests.clone(), options)
     }
 
@@ -111,6 +116,8 @@ impl Loader {
             }
             state = self.wait(state);
         }
+        // It stays larger if that can't be changed: nothing is lost by it.
+        let _ = self.room.restore();
         state.header.phase = LoadPhase::Done as u64;
         self.put_header(&state);
         self.reply(&mut state);

@@ -1,0 +1,114 @@
+//! Room for what is still to be loaded.
+//!
+//! A file that isn't loaded yet takes nothing of its filesystem's `size=`, so who writes meanwhile can take what it will need. tmpfs
+//! reserves nothing but by allocating it; and with a smaller `size=` for that time, every program that asks how large its
+//! filesystem is would be told something else than ever. So the filesystem is made larger when a file finds no room in it,
+//! by no more in all than the files have bytes; and at the end as large as it was, if so much of it is free by then.
+
+use std::fs::File;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use crate::mount::{TMPFS_MAGIC, reconfigure};
+
+/// How often room that is said to be free is tried again, in all. It may be what the kernel can't take back from huge pages just then,
+/// and nothing tells when it can.
+const TRIES: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// The room of a filesystem whose files are being loaded.
+#[derive(Debug)]
+pub struct Room {
+    root: File,
+    /// What it has by its options; `None`: nothing is to be done about it.
+    size: Option<u64>,
+    /// To which size it may be made larger.
+    most: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The size that it was given last.
+    given: Option<u64>,
+    tries: u32,
+}
+
+/// How large a filesystem is and how much of that is free, in bytes.
+struct Space {
+    size: u64,
+    free: u64,
+    page: u64,
+}
+
+impl Space {
+    /// `None` if it isn't a tmpfs with a size.
+    fn of(root: &File) -> io::Result<Option<Self>> {
+        let space = rustix::fs::fstatfs(root)?;
+        let page = u64::try_from(space.f_bsize).unwrap_or(1);
+        let limited = space.f_type == TMPFS_MAGIC && space.f_blocks != 0;
+        let (size, free) = (space.f_blocks.saturating_mul(page), space.f_bfree.saturating_mul(page));
+        Ok(limited.then_some(Self { size, free, page }))
+    }
+}
+
+impl Room {
+    /// The size of the filesystem whose root is `root`, open on a writable mount, before anything is loaded; `None` if it isn't a tmpfs with a size.
+    ///
+    /// # Errors
+    ///
+    /// It can't be told.
+    pub fn size(root: &File) -> io::Result<Option<u64>> {
+        Ok(Space::of(root)?.map(|space| space.size))
+    }
+
+    /// Of the filesystem which had `size` before files with pages of `bytes` bytes in all were to be loaded.
+    pub fn new(root: File, size: Option<u64>, bytes: u64) -> Self {
+        let most = size.unwrap_or(0).saturating_add(bytes);
+        Self { root, size, most, state: Mutex::default() }
+    }
+
+    /// Makes room for `bytes` more, of which a file found none; false if there can't be any.
+    pub fn make(&self, bytes: u64) -> bool {
+        if self.size.is_none() {
+            return false;
+        }
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Ok(Some(space)) = Space::of(&self.root) else { return false };
+        let missing = bytes.next_multiple_of(space.page).saturating_sub(space.free);
+        if missing == 0 {
+            state.tries += 1;
+            let again = state.tries <= TRIES;
+            drop(state);
+            if again {
+                thread::sleep(PAUSE);
+            }
+            return again;
+        }
+        let larger = space.size.saturating_add(missing);
+        if larger > self.most || reconfigure(&self.root, "size", &larger.to_string()).is_err() {
+            return false;
+        }
+        *state = State { given: Some(larger), tries: 0 };
+        true
+    }
+
+    /// When all is loaded: gives it the size that it had, or as much as is used. Not if somebody else has changed it.
+    ///
+    /// # Errors
+    ///
+    /// It can't be changed.
+    pub fn restore(&self) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (Some(size), Some(given)) = (self.size, state.given.take()) else { return Ok(()) };
+        match Space::of(&self.root)? {
+            // The kernel refuses less than is used by now.
+            Some(space) if space.size == given => {
+                reconfigure(&self.root, "size", &size.max(given - space.free).to_string())
+            }
+            _ => Ok(()),
+        }
+    }
+}
