@@ -27,6 +27,19 @@ pub struct Pod {
     pub processes: Vec<(Child, PathBuf)>,
 }
 
+/// See [`Pod::charge`].
+pub struct MemoryCgroup {
+    pub path: PathBuf,
+    usage: &'static str,
+}
+
+impl MemoryCgroup {
+    /// Bytes that are charged to it.
+    pub fn usage(&self) -> u64 {
+        fs::read_to_string(self.path.join(self.usage)).unwrap().trim().parse().unwrap()
+    }
+}
+
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 impl Pod {
@@ -97,6 +110,21 @@ impl Pod {
         fs::write(cgroup.join("cgroup.procs"), pid.to_string()).unwrap();
         self.processes.push((child, cgroup));
         pid.cast_signed()
+    }
+
+    /// A cgroup that the memory of `process`, which was spawned, is charged to: one of its own in the v1 hierarchy of memory, else that
+    /// of v2. `None` where neither counts memory.
+    pub fn charge(&self, process: i32) -> Option<MemoryCgroup> {
+        let v1 = Path::new("/sys/fs/cgroup/memory");
+        if v1.join("memory.usage_in_bytes").exists() {
+            let path = v1.join(&self.namespace);
+            fs::create_dir(&path).unwrap();
+            fs::write(path.join("cgroup.procs"), process.to_string()).unwrap();
+            return Some(MemoryCgroup { path, usage: "memory.usage_in_bytes" });
+        }
+        let path = &self.processes.iter().find(|(child, _)| child.id().cast_signed() == process)?.1;
+        let usage = "memory.current";
+        path.join(usage).exists().then(|| MemoryCgroup { path: path.clone(), usage })
     }
 
     /// Waits until the first container's process has died.
