@@ -22,7 +22,7 @@
 //!
 //! A checkpoint waits for none of them: it takes what isn't loaded from where it is loaded from ([`unloaded`]).
 //!
-//! Small files are loaded before the container's program runs, since a file behind the gate costs a descriptor and two
+//! Small files are loaded before the container's program runs, and before hooks that `runc create` runs in between ([`hook`]), since a file behind the gate costs a descriptor and two
 //! messages. What a gate can't hold (files with inode flags; all, where the kernel has no permission events) is taken for small.
 
 mod channel;
@@ -35,7 +35,7 @@ mod memory;
 mod schedule;
 mod unloaded;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::OwnedFd;
@@ -45,12 +45,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{SigSet, Signal};
+use oci_spec::runtime::State;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use stillframe_pgalloc::{LoadError, PagesMeta, can_install};
 use stillframe_tmpfs::lazy::{PendingFile, SmallFiles};
 
 use crate::freezer::Cgroup;
+use crate::process;
 use crate::state::{InitRecord, StateDir};
 pub use files::{LoadPhase, LoadStatus};
 pub(crate) use files::{NAMES, PendingList};
@@ -82,6 +84,8 @@ pub struct HeldGate(#[expect(dead_code, reason = "what counts is that it is open
 
 /// First argument with which a program is to call [`run`].
 pub const ARGUMENT: &str = "load";
+/// Second argument of a process that is run as a hook.
+const HOOK: &str = "hook";
 
 /// Why files can't be loaded behind the start.
 #[derive(Debug, thiserror::Error)]
@@ -220,6 +224,29 @@ pub(crate) fn join(directory: &Path, init: &InitRecord, all: bool) -> Result<(),
     }
 }
 
+/// The hook that loads the small files of the filesystems with these state directories before other hooks of `runc create` can look
+/// at them: a program, which is the keeper's own, and its arguments. `None` if all of them are loaded.
+pub(crate) fn hook(directories: &[PathBuf]) -> Result<Option<(PathBuf, Vec<OsString>)>, LazyError> {
+    let awaited = directories.iter().map(|directory| Ok(is_awaited(directory, false)?.then_some(directory)));
+    let awaited: Vec<&PathBuf> = awaited.filter_map(Result::transpose).collect::<Result<_, LazyError>>()?;
+    let Some(first) = awaited.first() else { return Ok(None) };
+    let gone = || LazyError::Gone { directory: first.to_path_buf() };
+    let keeper = files::processes(first)?.ok_or_else(gone)?.keeper.pid;
+    let arguments = [OsStr::new("stillframe"), OsStr::new(ARGUMENT), OsStr::new(HOOK)];
+    let arguments = arguments.into_iter().chain(awaited.into_iter().map(|directory| directory.as_os_str()));
+    Ok(Some((format!("/proc/{keeper}/exe").into(), arguments.map(OsStr::to_owned).collect())))
+}
+
+/// What the hook does, with the container's state on its standard input.
+fn run_hook(directories: &[PathBuf]) -> Result<(), LazyError> {
+    let told = |what: &str, error: &dyn std::fmt::Display| LazyError::Told(format!("{what}: {error}"));
+    let state = serde_json::from_reader::<_, State>(io::stdin())
+        .map_err(|error| told("read the container's state", &error))?;
+    let pid = state.pid().ok_or_else(|| LazyError::Told("the container's state has no pid".to_owned()))?;
+    let init = process::describe(pid).map_err(|error| told("look at the container's process", &error))?;
+    directories.iter().try_for_each(|directory| join(directory, &init, false))
+}
+
 /// How far loading has come; `None` where nothing was to be loaded.
 pub fn status(directory: &Path) -> Result<Option<LoadStatus>, LazyError> {
     files::Progress::open(directory)?.map(|progress| progress.read()).transpose()
@@ -282,6 +309,18 @@ fn leave(directory: &Path) -> Result<Option<UnixStream>, LazyError> {
 /// What the program does that [`start`] starts: `arguments` are those after [`ARGUMENT`]. Ends when all is loaded.
 pub fn run(arguments: impl Iterator<Item = std::ffi::OsString>) -> std::process::ExitCode {
     let arguments: Vec<PathBuf> = arguments.map(PathBuf::from).collect();
+    if let [hook, directories @ ..] = arguments.as_slice()
+        && hook == Path::new(HOOK)
+    {
+        return match run_hook(directories) {
+            Ok(()) => std::process::ExitCode::SUCCESS,
+            Err(error) => {
+                // runc shows it.
+                eprintln!("{}", crate::cli::chain(&error));
+                std::process::ExitCode::FAILURE
+            }
+        };
+    }
     // Whoever waits at the gate depends on these processes: only what can't be blocked ends them. (The kernel sends SIGHUP by
     // itself to a stopped process whose parent dies.)
     let blocked = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT];

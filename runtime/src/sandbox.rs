@@ -7,6 +7,7 @@
 
 mod error;
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use stillframe_tmpfs::ResourceId;
@@ -276,6 +277,14 @@ impl Sandbox {
         }
         let Maker { targets, record, .. } = maker;
         locked.put_container(record)?;
+        if spec.has_create_hooks() {
+            let directories: Vec<_> =
+                record.filesystems.iter().map(|name| locked.dir().filesystem_dir(name)).collect();
+            if let Some((path, arguments)) = lazy::hook(&directories).map_err(PrepareError::Hook)? {
+                let arguments: Vec<&OsStr> = arguments.iter().map(OsString::as_os_str).collect();
+                spec.put_first_hook(&path, &arguments);
+            }
+        }
         if record.named {
             locked.put_name(&record.name)?;
         }

@@ -3,6 +3,7 @@
 //! The file is kept as JSON and only the parts that are looked at are decoded (by oci-spec): a field
 //! that this program has never heard of must reach runc as it is.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -181,6 +182,26 @@ impl Spec {
         let bounding = self.value.pointer("/process/capabilities/bounding").and_then(Value::as_array);
         let has = bounding.is_some_and(|caps| caps.iter().any(|cap| cap.as_str() == Some("CAP_MKNOD")));
         has && self.ids == Ids::default()
+    }
+
+    /// Whether other programs are run between making the container's mounts and starting its program: hooks of `runc create`.
+    pub fn has_create_hooks(&self) -> bool {
+        ["prestart", "createRuntime", "createContainer"].iter().any(|kind| {
+            let hooks = self.value.pointer(&format!("/hooks/{kind}")).and_then(Value::as_array);
+            hooks.is_some_and(|hooks| !hooks.is_empty())
+        })
+    }
+
+    /// Has `path` run with `arguments`, the first of which is its name, before all hooks there are.
+    pub fn put_first_hook(&mut self, path: &Path, arguments: &[&OsStr]) {
+        let text = |text: &OsStr| Value::from(text.to_string_lossy());
+        let arguments: Vec<Value> = arguments.iter().copied().map(text).collect();
+        let hook = serde_json::json!({ "path": text(path.as_os_str()), "args": arguments });
+        // These come first, and are still run by every runc.
+        match &mut self.value["hooks"]["prestart"] {
+            Value::Array(hooks) => hooks.insert(0, hook),
+            none => *none = vec![hook].into(),
+        }
     }
 
     /// Makes mount number `index` a bind mount of `source` with `options`; its destination stays.

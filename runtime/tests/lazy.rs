@@ -469,6 +469,60 @@ fn the_command_tells_and_waits() {
     assert!(String::from_utf8(output.stdout).unwrap().contains("done"));
 }
 
+#[test]
+fn hooks_that_run_before_the_start_see_every_byte() {
+    let saved = save();
+    let mut pod = lazy_pod();
+    let (bundle, out) = (pod.dir.path().join("c"), pod.dir.path().join("out"));
+    let seen = bundle.join("rootfs/data");
+    // In the container's mount namespace, before its root is changed.
+    let script = format!(
+        "cat {0}/{1} {0}/{2} > {3} && echo hook > {0}/{4}",
+        seen.display(),
+        small(299),
+        large(5),
+        out.display(),
+        small(7)
+    );
+    let hook = serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+    let id = format!("{}-c", pod.namespace);
+    let mounts = r#""mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}, "#;
+    let config = CONFIG.replace(r#""mounts": ["#, mounts);
+    let config = format!(
+        r#"{config}, "ociVersion": "1.0.2", "process": {{"cwd": "/", "args": ["/none"], "user": {{"uid": 0, "gid": 0}}}},
+        "linux": {{"namespaces": [{{"type": "pid"}}, {{"type": "mount"}}], "cgroupsPath": "/{id}"}},
+        "hooks": {{"createContainer": [{hook}]}}"#
+    );
+    pod.prepare("c", &config, Some(&saved.image)).unwrap();
+    fs::create_dir_all(&seen).unwrap();
+    // It is never started, but runc looks whether it could be.
+    fs::copy("/bin/true", bundle.join("rootfs/none")).unwrap();
+    let state = pod.dir.path().join("runc");
+    let runc = |arguments: &[&str]| {
+        let mut command = Command::new("runc");
+        command.arg("--root").arg(&state).args(arguments).stdin(std::process::Stdio::null());
+        command
+    };
+    let (pid_file, log) = (pod.dir.path().join("pid"), pod.dir.path().join("log"));
+    let mut create = runc(&["create", "--bundle", &bundle.to_string_lossy()]);
+    create.arg("--pid-file").arg(&pid_file).arg(&id);
+    let told = File::create(&log).unwrap();
+    let created = create.stdout(told.try_clone().unwrap()).stderr(told).status().unwrap();
+    assert!(created.success(), "{}", fs::read_to_string(&log).unwrap());
+    let pid: i32 = fs::read_to_string(&pid_file).unwrap().parse().unwrap();
+    let expected = [contents(&small(299), 100 + 299 * 13), contents(&large(5), LARGE_SIZE)].concat();
+    assert!(fs::read(&out).unwrap() == expected, "a hook has read something else");
+    pod.sandbox.set_init_pid("c", pid).unwrap();
+    loaded(&pod);
+    let root = pod.mount("c.0");
+    assert_eq!(fs::read(root.join(small(7))).unwrap(), b"hook\n", "what a hook wrote is overwritten");
+    fs::write(root.join(small(7)), contents(&small(7), 100 + 7 * 13)).unwrap();
+    for (name, size) in all() {
+        assert!(fs::read(root.join(&name)).unwrap() == contents(&name, size), "{name}");
+    }
+    assert!(runc(&["delete", "--force", &id]).status().unwrap().success());
+}
+
 /// Writes until there is no room.
 fn fill(path: &Path) {
     let mut file = File::create(path).unwrap();

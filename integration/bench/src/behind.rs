@@ -6,7 +6,7 @@ use std::os::linux::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use stillframe_integration::{Container, Containerd};
+use stillframe_integration::{Container, Containerd, RUNC, STILLFRAME};
 
 use crate::Result;
 use crate::data::{self, evict, run, scratch};
@@ -208,6 +208,35 @@ fn disk_reads(path: &Path) -> Result<u64> {
     Ok(sectors.parse::<u64>()? * 512)
 }
 
+/// So many containers at once, with a tmpfs each, which is restored from an image if there is one: how long the slowest took until its program ran.
+fn slowest(containerd: &Containerd, runtime: &str, image: Option<&Path>, containers: usize) -> Result<f64> {
+    let one = |number: usize| {
+        let mut spec = containerd.container(&format!("c{number}")).runtime(runtime);
+        spec = spec.tmpfs("/scratch", "size=1g");
+        if let Some(image) = image {
+            spec = spec.annotation("dev.stillframe.restore-from", &image.to_string_lossy());
+        }
+        let mut container = None;
+        let taken = seconds(|| {
+            container = Some(spec.start()?);
+            Ok(())
+        });
+        let taken = taken.map_err(|error| error.to_string())?;
+        Ok::<_, String>((taken, container.expect("it was started")))
+    };
+    let started = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..containers).map(|number| scope.spawn(move || one(number))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("it doesn't panic")).collect::<Vec<_>>()
+    });
+    let mut slowest = 0f64;
+    for started in started {
+        let (taken, container) = started?;
+        slowest = slowest.max(taken);
+        container.remove()?;
+    }
+    Ok(slowest)
+}
+
 /// 20 sandboxes at once from one image of 64 files of 4 MiB, which isn't in the page cache.
 fn concurrent(results: &mut Results) -> Result<()> {
     let scratch = scratch()?;
@@ -261,6 +290,29 @@ fn concurrent(results: &mut Results) -> Result<()> {
         Wanted::AtMost(1.5),
     );
     let size = pages.metadata()?.len() as f64;
+    fs::copy(&pages, "/dev/null")?;
+    let containerd = Containerd::start()?;
+    let medians = results.medians(
+        1,
+        &mut [
+            ("one by runc's shim, s", Box::new(|| slowest(&containerd, RUNC, None, 1))),
+            ("20 by runc's shim, s", Box::new(|| slowest(&containerd, RUNC, None, SANDBOXES))),
+            ("20 restored, s", Box::new(|| slowest(&containerd, STILLFRAME, Some(&image), SANDBOXES))),
+        ],
+    )?;
+    // What it is to start so many at once here, with nothing to restore; and what restoring adds to that.
+    results.ratio(
+        "start.concurrent20.runc",
+        ("slowest_of_20_s", medians[1]),
+        ("one_s", medians[0]),
+        Wanted::Nothing,
+    );
+    results.ratio(
+        "restore.concurrent20.vs_runc",
+        ("restored_s", medians[2]),
+        ("runc_empty_s", medians[1]),
+        Wanted::Nothing,
+    );
     results.ratio(
         "restore.concurrent20.disk",
         ("read_bytes", median(read)),

@@ -45,6 +45,9 @@ pub enum PrepareError {
     /// What loads a volume that is to be restored again couldn't be ended.
     #[error(transparent)]
     EndLoad(#[from] LazyError),
+    /// Files can't be loaded before the container's hooks run.
+    #[error("have the restored files loaded before the container's hooks look at them")]
+    Hook(#[source] LazyError),
     /// There is a container of that id.
     #[error("container {0} exists already")]
     Exists(String),
