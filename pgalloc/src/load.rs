@@ -56,7 +56,7 @@ pub struct LoadOptions {
     /// Called before so many bytes of the pages file are read, with their offset and number: somebody else may read them
     /// into the page cache.
     pub before_read: Option<BeforeRead>,
-    /// Called where a file's filesystem has no room for so many more bytes: whether to try again.
+    /// Called where a file's filesystem has no room for so many more bytes, with how often they have been tried again: whether to do so.
     pub on_full: Option<OnFull>,
 }
 
@@ -64,7 +64,7 @@ pub struct LoadOptions {
 pub type BeforeRead = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
 /// See [`LoadOptions::on_full`].
-pub type OnFull = Arc<dyn Fn(u64) -> bool + Send + Sync>;
+pub type OnFull = Arc<dyn Fn(u64, u32) -> bool + Send + Sync>;
 
 impl Default for LoadOptions {
     fn default() -> Self {

@@ -1,5 +1,8 @@
 //! What a gate holds back, and what happens when it is opened: on the kernel's tmpfs.
 
+#[path = "support/kernel.rs"]
+mod kernel;
+
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -10,6 +13,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
+use kernel::denial;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use stillframe_tmpfs::lazy::gate::{self, Answer, Gate};
 use tempfile::TempDir;
@@ -152,7 +156,7 @@ fn an_answer_can_be_an_input_output_error() {
         held.await_waiting();
         gate::release(held.file.as_ref().unwrap()).unwrap();
         reader.join().unwrap();
-        assert_eq!(wait(&opened), Err(Some(libc::EIO)));
+        assert_eq!(wait(&opened), Err(Some(denial())));
     });
 }
 

@@ -54,9 +54,10 @@ impl Shared {
 
     /// Has `bytes` written, again while room is made for them. What was written before there was none is written once more.
     fn with_room(&self, bytes: u64, mut write: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+        let mut again = 0;
         loop {
             match (write(), &self.on_full) {
-                (Err(error), Some(on_full)) if is_full(&error) && on_full(bytes) => {}
+                (Err(error), Some(on_full)) if is_full(&error) && on_full(bytes, again) => again += 1,
                 (written, _) => return written,
             }
         }

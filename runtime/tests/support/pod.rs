@@ -38,6 +38,11 @@ impl MemoryCgroup {
     pub fn usage(&self) -> u64 {
         fs::read_to_string(self.path.join(self.usage)).unwrap().trim().parse().unwrap()
     }
+
+    /// What they are.
+    pub fn statistics(&self) -> String {
+        fs::read_to_string(self.path.join("memory.stat")).unwrap()
+    }
 }
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);

@@ -13,8 +13,10 @@ use std::time::Duration;
 
 use crate::mount::{TMPFS_MAGIC, reconfigure};
 
-/// How often room that is said to be free is tried again, in all. It may be what the kernel can't take back from huge pages just then,
-/// and nothing tells when it can.
+/// Bytes that are given besides: the kernel takes a page before it sees that there is one at its place already.
+const SPARE: u64 = 64 * 4096;
+/// How often it is tried again where no more may be given, in all. The kernel may be unable just then to take back what huge pages don't
+/// need, and nothing tells when it can.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(1);
 
@@ -66,33 +68,35 @@ impl Room {
 
     /// Of the filesystem which had `size` before files with pages of `bytes` bytes in all were to be loaded.
     pub fn new(root: File, size: Option<u64>, bytes: u64) -> Self {
-        let most = size.unwrap_or(0).saturating_add(bytes);
+        let most = size.unwrap_or(0).saturating_add(bytes).saturating_add(SPARE);
         Self { root, size, most, state: Mutex::default() }
     }
 
-    /// Makes room for `bytes` more, of which a file found none; false if there can't be any.
-    pub fn make(&self, bytes: u64) -> bool {
+    /// Makes room for `bytes` more, of which a file found none, `again` times before; false if there can't be any.
+    pub fn make(&self, bytes: u64, again: u32) -> bool {
         if self.size.is_none() {
             return false;
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let Ok(Some(space)) = Space::of(&self.root) else { return false };
-        let missing = bytes.next_multiple_of(space.page).saturating_sub(space.free);
+        let needed = bytes.next_multiple_of(space.page);
+        // What is free may be meant for another file: the next time it isn't counted on.
+        let missing = if again == 0 { needed.saturating_sub(space.free) } else { needed };
         if missing == 0 {
-            state.tries += 1;
-            let again = state.tries <= TRIES;
-            drop(state);
-            if again {
-                thread::sleep(PAUSE);
-            }
-            return again;
+            return true;
         }
         let larger = space.size.saturating_add(missing);
-        if larger > self.most || reconfigure(&self.root, "size", &larger.to_string()).is_err() {
-            return false;
+        if larger <= self.most && reconfigure(&self.root, "size", &larger.to_string()).is_ok() {
+            state.given = Some(larger);
+            return true;
         }
-        *state = State { given: Some(larger), tries: 0 };
-        true
+        state.tries += 1;
+        let more = state.tries <= TRIES;
+        drop(state);
+        if more {
+            thread::sleep(PAUSE);
+        }
+        more
     }
 
     /// When all is loaded: gives it the size that it had, or as much as is used. Not if somebody else has changed it.

@@ -46,7 +46,7 @@ impl Loader {
         let room = self.room.clone();
         let options = LoadOptions {
             before_read: Some(Arc::new(before_read)),
-            on_full: Some(Arc::new(move |bytes| room.make(bytes))),
+            on_full: Some(Arc::new(move |bytes, again| room.make(bytes, again))),
             ..LoadOptions::default()
         };
         AsyncPagesFileLoad::new(pages, digests.clone(), options)
