@@ -303,7 +303,13 @@ fn leave(directory: &Path) -> Result<Option<UnixStream>, LazyError> {
     if !loading {
         return Ok(None);
     }
-    control::converse(directory, &control::Request::Leave).map(|(_, asked)| Some(asked))
+    let (reply, asked) = control::converse(directory, &control::Request::Leave)?;
+    if let Err(error) = reply {
+        // It has left, and comes back if it isn't asked any more.
+        let directory = directory.display();
+        tracing::warn!(%directory, %error, "who waits for a restored file may keep the container from freezing");
+    }
+    Ok(Some(asked))
 }
 
 /// What the program does that [`start`] starts: `arguments` are those after [`ARGUMENT`]. Ends when all is loaded.

@@ -267,7 +267,17 @@ fn an_image_is_what_writers_had_done_to_files_that_were_being_loaded() {
         assert_eq!(ahead.is_some(), round % 3 == 0);
         // Frozen by somebody else, as by `ctr task pause`, so that it stays so.
         let cgroup = Cgroup::of_process(pod.processes[0].0.id().cast_signed()).unwrap().unwrap();
-        let frozen = cgroup.freeze(FREEZE_TIMEOUT).unwrap();
+        let freezing = begin({
+            let (sandbox, cgroup) = (pod.sandbox.clone(), cgroup.clone());
+            move || (sandbox.before_freeze(), cgroup.freeze(FREEZE_TIMEOUT).unwrap())
+        });
+        let mut frozen = None;
+        // With cgroup v2 not before those who wait for a file have it.
+        await_reading(&reads, "it freezes", || {
+            frozen = freezing.try_recv().ok();
+            frozen.is_some()
+        });
+        let (away, frozen) = frozen.unwrap();
         let image = saved.dir.path().join("again");
         thread::scope(|scope| {
             let taking = scope.spawn(|| {
@@ -284,6 +294,7 @@ fn an_image_is_what_writers_had_done_to_files_that_were_being_loaded() {
                 .unwrap();
         }
         frozen.thaw().unwrap();
+        drop(away);
         pod.await_death();
         drop(reads);
         let loaded = pod.sandbox.await_load("c").unwrap().remove(0).1;

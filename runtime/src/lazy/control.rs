@@ -41,11 +41,14 @@ pub(crate) enum Reply {
 
 /// Asks, and waits for the answer.
 pub(crate) fn ask(directory: &Path, request: &Request) -> Result<Reply, LazyError> {
-    converse(directory, request).map(|(reply, _)| reply)
+    converse(directory, request)?.0
 }
 
-/// The same, and stays connected.
-pub(crate) fn converse(directory: &Path, request: &Request) -> Result<(Reply, UnixStream), LazyError> {
+/// The same, and stays connected, also if there is no answer.
+pub(crate) fn converse(
+    directory: &Path,
+    request: &Request,
+) -> Result<(Result<Reply, LazyError>, UnixStream), LazyError> {
     let failed = at("ask the loader at", directory);
     let (_open, path) = address(directory).map_err(&failed)?;
     let mut stream = UnixStream::connect(path).map_err(&failed)?;
@@ -53,10 +56,9 @@ pub(crate) fn converse(directory: &Path, request: &Request) -> Result<(Reply, Un
     let patience = matches!(request, Request::Stop | Request::Leave).then_some(PATIENCE);
     stream.set_read_timeout(patience).map_err(&failed)?;
     send(&mut stream, request).map_err(&failed)?;
-    match receive(&stream).map_err(&failed)? {
-        Some(reply) => Ok((reply, stream)),
-        None => Err(LazyError::Gone { directory: directory.to_owned() }),
-    }
+    let reply = receive(&stream).map_err(&failed);
+    let gone = || LazyError::Gone { directory: directory.to_owned() };
+    Ok((reply.and_then(|reply| reply.ok_or_else(gone)), stream))
 }
 
 /// Makes the socket.
