@@ -32,6 +32,9 @@ use crate::process;
 
 /// What it says when nobody can read what isn't there.
 pub(super) const READY: &str = "ready";
+/// Bytes that the kernel is asked for at once: of more it may read only the beginning (`force_page_cache_ra`), no less than the usual
+/// read-ahead.
+const ADVICE: u64 = 128 * 1024;
 /// Loaders that may die in a row without having loaded a file.
 const MAX_DEATHS: u32 = 5;
 /// Descriptors that keeper and loader need for other things than files behind the gate: what is being loaded otherwise, and the like.
@@ -173,11 +176,7 @@ impl Keeper<'_> {
                         files::put_error(self.directory, 0, &format!("take a file off the gate: {error}"));
                     }
                 }
-                Message::ReadAhead { offset, length } => {
-                    let length = NonZeroU64::new(length);
-                    // Where it isn't taken, the loader reads as well.
-                    let _ = rustix::fs::fadvise(&self.pages, offset, length, rustix::fs::Advice::WillNeed);
-                }
+                Message::ReadAhead { offset, length } => self.read_ahead(offset, length),
                 Message::Stop => {
                     // Who waits for an event of one of these can read that now.
                     for file in self.held.iter().flatten() {
@@ -193,6 +192,16 @@ impl Keeper<'_> {
             }
         }
         self.loaded() > before
+    }
+
+    /// Where the advice isn't taken, the loader reads as well.
+    fn read_ahead(&self, offset: u64, length: u64) {
+        let end = offset.saturating_add(length);
+        let pieces = (offset..end).step_by(ADVICE as usize);
+        for (from, to) in pieces.map(|from| (from, end.min(from + ADVICE))) {
+            let length = NonZeroU64::new(to - from);
+            let _ = rustix::fs::fadvise(&self.pages, from, length, rustix::fs::Advice::WillNeed);
+        }
     }
 
     /// The last descriptor of the file is closed before anybody is let in: execve(2) fails while one could write.
