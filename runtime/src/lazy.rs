@@ -22,8 +22,9 @@
 //!
 //! A checkpoint waits for none of them: it takes what isn't loaded from where it is loaded from ([`unloaded`]).
 //!
-//! Small files are loaded before the container's program runs, and before hooks that `runc create` runs in between ([`hook`]), since a file behind the gate costs a descriptor and two
-//! messages. What a gate can't hold (files with inode flags; all, where the kernel has no permission events) is taken for small.
+//! Small files are loaded before the container's program runs, and before hooks that `runc create` runs in between ([`hook`]), since a
+//! file behind the gate costs a descriptor and two messages. What a gate can't hold (files with inode flags; what there are no descriptors
+//! for; all, where the kernel has no permission events) is taken for small.
 
 mod channel;
 pub(crate) mod control;

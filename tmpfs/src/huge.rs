@@ -58,8 +58,8 @@ pub fn huge_option(root: &File) -> Option<String> {
     option.filter(|option| option == ALWAYS || option == WITHIN_SIZE)
 }
 
-/// Whether the tmpfs whose root is `root` would give those files of `tree` huge pages that have at least `from` bytes of data, and has room for them, without
-/// taking any back.
+/// Whether the tmpfs whose root is `root` would give those files of `tree` huge pages that have at least `from` bytes of data, and has
+/// room for them without taking any back.
 pub fn takes_huge_pages(root: &File, tree: &Tree, from: u64) -> bool {
     let tails = || option(root).ok().flatten().is_none_or(|option| option != WITHIN_SIZE);
     Space::of(root).is_ok_and(|space| space.is_some_and(|space| space.holds(tree, from, tails())))

@@ -190,8 +190,8 @@ impl Loading {
     }
 }
 
-/// Has `files` loaded which nobody can reach yet; `on` is open on a writable mount of their filesystem. Those that wait for their turn
-/// have no descriptor, but for as many as the loader has of large ones.
+/// Has `files` loaded which nobody can reach yet; `on` is open on a writable mount of their filesystem. Those that wait for their
+/// turn have no descriptor, but for the few large ones in the loader's queue.
 ///
 /// # Errors
 ///

@@ -57,7 +57,7 @@ impl Space {
 }
 
 impl Room {
-    /// The size of the filesystem whose root is `root`, open on a writable mount, before anything is loaded; `None` if it isn't a tmpfs with a size.
+    /// The size of the filesystem whose root is `root` before anything is loaded; `None` if it isn't a tmpfs with a size.
     ///
     /// # Errors
     ///
