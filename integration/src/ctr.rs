@@ -90,11 +90,6 @@ pub fn with_deadline(program: &Path) -> Command {
 
 /// Runs a command to its end with nothing on standard input.
 pub fn run(command: &mut Command) -> Result<Said, CtrError> {
-    run_with_input(command, b"")
-}
-
-/// Runs a command to its end with `input` on standard input.
-pub fn run_with_input(command: &mut Command, input: &[u8]) -> Result<Said, CtrError> {
     let line = command_line(command);
     let failed = |status: String| CtrError {
         command: line.clone(),
@@ -109,12 +104,8 @@ pub fn run_with_input(command: &mut Command, input: &[u8]) -> Result<Said, CtrEr
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| failed(format!("can't be started: {error}")))?;
-    let mut stdin = child.stdin.take().expect("it was piped");
-    let input = input.to_vec();
-    // Who doesn't read its input closes it: that's its own affair.
-    let writer = thread::spawn(move || drop(stdin.write_all(&input)));
+    drop(child.stdin.take());
     let output = child.wait_with_output().map_err(|error| failed(format!("can't be waited for: {error}")))?;
-    writer.join().expect("writing doesn't panic");
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     if output.status.success() {
