@@ -208,32 +208,42 @@ fn disk_reads(path: &Path) -> Result<u64> {
     Ok(sectors.parse::<u64>()? * 512)
 }
 
-/// So many containers at once, with a tmpfs each, which is restored from an image if there is one: how long the slowest took until its program ran.
+/// Starts so many at once: how long the slowest took, and all of them.
+fn at_once<T: Send>(count: usize, start: impl Fn(usize) -> Result<T> + Sync) -> Result<(f64, Vec<T>)> {
+    let one = |number: usize| -> std::result::Result<(f64, T), String> {
+        let mut started = None;
+        let taken = seconds(|| {
+            started = Some(start(number)?);
+            Ok(())
+        });
+        let taken = taken.map_err(|error| error.to_string())?;
+        Ok((taken, started.expect("it was started")))
+    };
+    let started = std::thread::scope(|scope| {
+        let one = &one;
+        let threads: Vec<_> = (0..count).map(|number| scope.spawn(move || one(number))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("it doesn't panic")).collect::<Vec<_>>()
+    });
+    let (mut slowest, mut all) = (0f64, Vec::new());
+    for started in started {
+        let (taken, one) = started?;
+        slowest = slowest.max(taken);
+        all.push(one);
+    }
+    Ok((slowest, all))
+}
+
+/// So many containers at once, with a tmpfs each, which is restored from an image if there is one.
 fn slowest(containerd: &Containerd, runtime: &str, image: Option<&Path>, containers: usize) -> Result<f64> {
-    let one = |number: usize| {
+    let (slowest, containers) = at_once(containers, |number| {
         let mut spec = containerd.container(&format!("c{number}")).runtime(runtime);
         spec = spec.tmpfs("/scratch", "size=1g");
         if let Some(image) = image {
             spec = spec.annotation("dev.stillframe.restore-from", &image.to_string_lossy());
         }
-        let mut container = None;
-        let taken = seconds(|| {
-            container = Some(spec.start()?);
-            Ok(())
-        });
-        let taken = taken.map_err(|error| error.to_string())?;
-        Ok::<_, String>((taken, container.expect("it was started")))
-    };
-    let started = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..containers).map(|number| scope.spawn(move || one(number))).collect();
-        threads.into_iter().map(|thread| thread.join().expect("it doesn't panic")).collect::<Vec<_>>()
-    });
-    let mut slowest = 0f64;
-    for started in started {
-        let (taken, container) = started?;
-        slowest = slowest.max(taken);
-        container.remove()?;
-    }
+        Ok(spec.start()?)
+    })?;
+    containers.into_iter().try_for_each(Container::remove)?;
     Ok(slowest)
 }
 
@@ -245,26 +255,7 @@ fn concurrent(results: &mut Results) -> Result<()> {
     let mut read = Vec::new();
     let restore = |sandboxes: usize| -> Result<f64> {
         evict(&pages)?;
-        let starts = std::thread::scope(|scope| {
-            let one = || -> std::result::Result<(f64, Bench), String> {
-                let mut bench = None;
-                let taken = seconds(|| {
-                    bench = Some(Bench::restore(&image)?.start()?);
-                    Ok(())
-                });
-                let taken = taken.map_err(|error| error.to_string())?;
-                Ok((taken, bench.expect("it was restored")))
-            };
-            let threads: Vec<_> = (0..sandboxes).map(|_| scope.spawn(one)).collect();
-            threads.into_iter().map(|thread| thread.join().expect("it doesn't panic")).collect::<Vec<_>>()
-        });
-        let mut slowest = 0f64;
-        let mut benches = Vec::new();
-        for start in starts {
-            let (taken, bench) = start?;
-            slowest = slowest.max(taken);
-            benches.push(bench);
-        }
+        let (slowest, benches) = at_once(sandboxes, |_| Bench::restore(&image)?.start())?;
         benches.iter().try_for_each(Bench::await_load)?;
         Ok(slowest)
     };
