@@ -50,7 +50,7 @@ use oci_spec::runtime::State;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use stillframe_pgalloc::{LoadError, PagesMeta, can_install};
-use stillframe_tmpfs::lazy::{PendingFile, SmallFiles};
+use stillframe_tmpfs::lazy::{HugePages, PendingFile, SmallFiles};
 
 use crate::freezer::Cgroup;
 use crate::process;
@@ -145,10 +145,8 @@ fn at<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Lazy
 
 /// What is known of a filesystem before anything is loaded.
 pub(crate) struct Fresh {
-    /// Its option `huge=`, if it gives files huge pages by itself.
-    pub(crate) huge: Option<String>,
-    /// Whether the large files get huge pages. Small ones never do: see `stillframe_tmpfs::huge`.
-    pub(crate) fits: bool,
+    /// The huge pages that its large files would get. Small ones get none: see `stillframe_tmpfs::huge`.
+    pub(crate) huge: HugePages,
     /// Its size in bytes, if it is a tmpfs with one.
     pub(crate) size: Option<u64>,
 }
@@ -164,9 +162,9 @@ pub(crate) fn start(
     meta: &PagesMeta,
 ) -> Result<Option<HeldGate>, LazyError> {
     // Huge pages come only by writing. It changes times for as long as a file is loaded.
-    let quiet = can_install() && !fresh.fits;
+    let quiet = can_install() && !fresh.huge.fit;
     let pages_path = pages_path.to_owned();
-    let Fresh { huge, size, .. } = fresh;
+    let (huge, size) = (fresh.huge.option, fresh.size);
     files::prepare(directory, &PendingList { large, quiet, huge, size, pages_path }, &small, meta)?;
     let failed = |source| LazyError::Start { program: program.to_owned(), source };
     let mut child = Command::new(program)
@@ -205,36 +203,46 @@ fn hold(keeper: &Child, directory: &Path) -> Option<HeldGate> {
     held.ok().map(HeldGate)
 }
 
-/// Whether a container that has the filesystem has to wait for files before its program runs: for the small ones, which nothing keeps
-/// anybody from reading, or for `all`.
-pub(crate) fn is_awaited(directory: &Path, all: bool) -> Result<bool, LazyError> {
-    let phase = status(directory)?.map(|status| status.phase);
-    Ok(match phase {
-        Some(LoadPhase::Held | LoadPhase::Small) => true,
-        Some(LoadPhase::Large) => all,
-        Some(LoadPhase::Done) | None => false,
-    })
+/// State directories of those of a container's `filesystems` for whose files it has to wait before its program runs: for the small ones,
+/// which nothing keeps anybody from reading, or for `all`.
+pub(crate) fn awaited(dir: &StateDir, filesystems: &[String], all: bool) -> Result<Vec<PathBuf>, LazyError> {
+    let mut awaited = Vec::new();
+    for name in filesystems {
+        let directory = dir.filesystem_dir(name);
+        let phase = status(&directory)?.map(|status| status.phase);
+        if matches!(phase, Some(LoadPhase::Held | LoadPhase::Small)) || all && phase == Some(LoadPhase::Large)
+        {
+            awaited.push(directory);
+        }
+    }
+    Ok(awaited)
 }
 
 /// Once the container has a process: loads the small files in its memory cgroup, and begins with the others; with `all`
 /// waits for those, too.
-pub(crate) fn join(directory: &Path, init: &InitRecord, all: bool) -> Result<(), LazyError> {
-    match control::ask(directory, &control::Request::Join { init: init.clone(), all })? {
+pub(crate) fn join(directories: &[PathBuf], init: &InitRecord, all: bool) -> Result<(), LazyError> {
+    let join = |directory: &Path| match control::ask(
+        directory,
+        &control::Request::Join { init: init.clone(), all },
+    )? {
         control::Reply::Done => Ok(()),
         control::Reply::Failed { error } => Err(LazyError::Told(error)),
-    }
+    };
+    std::thread::scope(|scope| {
+        let joining: Vec<_> =
+            directories.iter().map(|directory| scope.spawn(move || join(directory))).collect();
+        joining.into_iter().try_for_each(|thread| thread.join().expect("it doesn't panic"))
+    })
 }
 
-/// The hook that loads the small files of the filesystems with these state directories before other hooks of `runc create` can look
-/// at them: a program, which is the keeper's own, and its arguments. `None` if all of them are loaded.
+/// The hook that loads the small files of filesystems that are [`awaited`] before other hooks of `runc create` can look at them: a
+/// program, which is the keeper's own, and its arguments. `None` if there are none of these.
 pub(crate) fn hook(directories: &[PathBuf]) -> Result<Option<(PathBuf, Vec<OsString>)>, LazyError> {
-    let awaited = directories.iter().map(|directory| Ok(is_awaited(directory, false)?.then_some(directory)));
-    let awaited: Vec<&PathBuf> = awaited.filter_map(Result::transpose).collect::<Result<_, LazyError>>()?;
-    let Some(first) = awaited.first() else { return Ok(None) };
-    let gone = || LazyError::Gone { directory: first.to_path_buf() };
+    let Some(first) = directories.first() else { return Ok(None) };
+    let gone = || LazyError::Gone { directory: first.clone() };
     let keeper = files::processes(first)?.ok_or_else(gone)?.keeper.pid;
     let arguments = [OsStr::new("stillframe"), OsStr::new(ARGUMENT), OsStr::new(HOOK)];
-    let arguments = arguments.into_iter().chain(awaited.into_iter().map(|directory| directory.as_os_str()));
+    let arguments = arguments.into_iter().chain(directories.iter().map(|directory| directory.as_os_str()));
     Ok(Some((format!("/proc/{keeper}/exe").into(), arguments.map(OsStr::to_owned).collect())))
 }
 
@@ -245,7 +253,7 @@ fn run_hook(directories: &[PathBuf]) -> Result<(), LazyError> {
         .map_err(|error| told("read the container's state", &error))?;
     let pid = state.pid().ok_or_else(|| LazyError::Told("the container's state has no pid".to_owned()))?;
     let init = process::describe(pid).map_err(|error| told("look at the container's process", &error))?;
-    directories.iter().try_for_each(|directory| join(directory, &init, false))
+    join(directories, &init, false)
 }
 
 /// How far loading has come; `None` where nothing was to be loaded.

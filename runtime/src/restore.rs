@@ -20,12 +20,10 @@ pub(crate) mod pod;
 use std::path::{Path, PathBuf};
 
 use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError, LoadOptions, MemoryFile, PrivateMemoryFileMeta};
-use stillframe_tmpfs::build::{
-    BuildOptions, build_names, build_tree, check_tree, huge_option, takes_huge_pages,
-};
+use stillframe_tmpfs::build::{BuildOptions, build_names, build_tree, check_tree};
 use stillframe_tmpfs::entry::Tree;
 use stillframe_tmpfs::filestore::{self, FilestoreError, Root};
-use stillframe_tmpfs::lazy::{PendingFile, Room};
+use stillframe_tmpfs::lazy::{HugePages, PendingFile, Room};
 use stillframe_tmpfs::mount::{DefaultMode, TmpfsMount, open_root, open_view, unmount, usage};
 use stillframe_tmpfs::options::TmpfsOptions;
 use stillframe_tmpfs::private::{self};
@@ -276,8 +274,7 @@ fn behind(
     if sum.0 > 0 {
         let directory = target.mountpoint.parent().expect("it is in the filesystem's directory");
         let fresh = Fresh {
-            huge: huge_option(&root),
-            fits: takes_huge_pages(&root, tree, lazy::LARGE),
+            huge: HugePages::of(&root, tree, lazy::LARGE),
             // Where it can't be told, nothing is done about it.
             size: Room::size(&root).ok().flatten(),
         };

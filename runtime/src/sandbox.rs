@@ -7,7 +7,6 @@
 
 mod error;
 
-use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use stillframe_tmpfs::ResourceId;
@@ -278,10 +277,9 @@ impl Sandbox {
         let Maker { targets, record, .. } = maker;
         locked.put_container(record)?;
         if spec.has_create_hooks() {
-            let directories: Vec<_> =
-                record.filesystems.iter().map(|name| locked.dir().filesystem_dir(name)).collect();
-            if let Some((path, arguments)) = lazy::hook(&directories).map_err(PrepareError::Hook)? {
-                let arguments: Vec<&OsStr> = arguments.iter().map(OsString::as_os_str).collect();
+            let awaited = lazy::awaited(locked.dir(), &record.filesystems, false);
+            let hook = awaited.and_then(|directories| lazy::hook(&directories));
+            if let Some((path, arguments)) = hook.map_err(PrepareError::Hook)? {
                 spec.put_first_hook(&path, &arguments);
             }
         }
@@ -307,22 +305,10 @@ impl Sandbox {
         locked.put_container(&record)?;
         // Whoever removes the container meanwhile needs it.
         drop(locked);
-        let mut awaited = Vec::new();
-        for name in &record.filesystems {
-            let directory = self.dir.filesystem_dir(name);
-            if lazy::is_awaited(&directory, record.load_all).map_err(InitError::Load)? {
-                awaited.push(directory);
-            }
-        }
-        std::thread::scope(|scope| {
-            let (init, all) = (&init, record.load_all);
-            let joining: Vec<_> = awaited
-                .iter()
-                .map(|directory| scope.spawn(move || lazy::join(directory, init, all)))
-                .collect();
-            let joined = joining.into_iter().map(|thread| thread.join().expect("it doesn't panic"));
-            joined.collect::<Result<(), LazyError>>().map_err(InitError::Load)
-        })
+        let all = record.load_all;
+        lazy::awaited(&self.dir, &record.filesystems, all)
+            .and_then(|directories| lazy::join(&directories, &init, all))
+            .map_err(InitError::Load)
     }
 
     /// Before something else freezes a container: what loads its files mustn't be frozen with it, until that is thawed and what this

@@ -3,7 +3,7 @@
 //! The file is kept as JSON and only the parts that are looked at are decoded (by oci-spec): a field
 //! that this program has never heard of must reach runc as it is.
 
-use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -193,10 +193,9 @@ impl Spec {
     }
 
     /// Has `path` run with `arguments`, the first of which is its name, before all hooks there are.
-    pub fn put_first_hook(&mut self, path: &Path, arguments: &[&OsStr]) {
-        let text = |text: &OsStr| Value::from(text.to_string_lossy());
-        let arguments: Vec<Value> = arguments.iter().copied().map(text).collect();
-        let hook = serde_json::json!({ "path": text(path.as_os_str()), "args": arguments });
+    pub fn put_first_hook(&mut self, path: &Path, arguments: &[OsString]) {
+        let arguments: Vec<_> = arguments.iter().map(|argument| argument.to_string_lossy()).collect();
+        let hook = serde_json::json!({ "path": path.to_string_lossy(), "args": arguments });
         // These come first, and are still run by every runc.
         match &mut self.value["hooks"]["prestart"] {
             Value::Array(hooks) => hooks.insert(0, hook),

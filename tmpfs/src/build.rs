@@ -24,7 +24,6 @@ use stillframe_pgalloc::{AsyncPagesFileLoad, LoadError};
 
 use crate::entry::{Attributes, Entry, Kind, PathName, Tree};
 use crate::huge::SmallPages;
-pub use crate::huge::{huge_option, takes_huge_pages};
 use crate::id_map::{Ids, OVERFLOW_ID};
 use crate::lazy::PendingFile;
 use crate::mount::Usage;

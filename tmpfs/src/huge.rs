@@ -15,7 +15,7 @@ use std::io;
 use rustix::fs::{Mode, OFlags};
 
 use crate::entry::Tree;
-use crate::mount::{TMPFS_MAGIC, reconfigure};
+use crate::mount::{reconfigure, tmpfs_usage};
 
 /// A size that any huge page lies within.
 const LARGE: u64 = 1 << 32;
@@ -34,14 +34,10 @@ struct Space {
 impl Space {
     /// `None` where there are no huge pages.
     fn of(root: &File) -> io::Result<Option<Self>> {
-        let space = rustix::fs::fstatfs(root)?;
-        if space.f_type != TMPFS_MAGIC {
-            return Ok(None);
-        }
+        let Some(usage) = tmpfs_usage(root)? else { return Ok(None) };
         let page_size = rustix::param::page_size() as u64;
-        let Some(huge_page) = huge_page(root).filter(|huge| *huge > page_size) else { return Ok(None) };
-        let limit = space.f_blocks.saturating_mul(page_size);
-        Ok(Some(Self { huge_page, limit: (limit != 0).then_some(limit) }))
+        let huge_page = huge_page(root).filter(|huge| *huge > page_size);
+        Ok(huge_page.map(|huge_page| Self { huge_page, limit: usage.size_bytes }))
     }
 
     /// Whether there is room for all of `tree`, if files with at least `from` bytes of data get huge pages.
@@ -51,18 +47,24 @@ impl Space {
     }
 }
 
-/// The value of the superblock's option `huge=` of the tmpfs whose root is `root`, if it gives files huge pages by itself.
-pub fn huge_option(root: &File) -> Option<String> {
-    // Where it can't be told, files are as huge as the kernel makes them.
-    let option = Space::of(root).ok()?.and_then(|_| option(root).ok())?;
-    option.filter(|option| option == ALWAYS || option == WITHIN_SIZE)
+/// The huge pages that a filesystem gives files by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HugePages {
+    /// The superblock's option `huge=`, if that is why.
+    pub option: Option<String>,
+    /// Whether there is room for them, without taking any back.
+    pub fit: bool,
 }
 
-/// Whether the tmpfs whose root is `root` would give those files of `tree` huge pages that have at least `from` bytes of data, and has
-/// room for them without taking any back.
-pub fn takes_huge_pages(root: &File, tree: &Tree, from: u64) -> bool {
-    let tails = || option(root).ok().flatten().is_none_or(|option| option != WITHIN_SIZE);
-    Space::of(root).is_ok_and(|space| space.is_some_and(|space| space.holds(tree, from, tails())))
+impl HugePages {
+    /// Of the filesystem whose root is `root`, for those files of `tree` that have at least `from` bytes of data. None where it can't be
+    /// told: then files are as huge as the kernel makes them.
+    pub fn of(root: &File, tree: &Tree, from: u64) -> Self {
+        let Ok(Some(space)) = Space::of(root) else { return Self::default() };
+        let option = option(root).ok().flatten();
+        let fit = space.holds(tree, from, option.as_deref() != Some(WITHIN_SIZE));
+        Self { option: option.filter(|option| option == ALWAYS || option == WITHIN_SIZE), fit }
+    }
 }
 
 /// A tmpfs that allocates fewer huge pages or none; as before when this is dropped.

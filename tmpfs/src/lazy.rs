@@ -26,14 +26,13 @@ use serde::{Deserialize, Serialize};
 use stillframe_pgalloc::{AsyncPagesFileLoad, FileBatch, LoadError, LoadTarget, PageExtent, PagesOffset};
 
 use crate::entry::{Attributes, Xattr};
-pub use room::Room;
-
-pub use crate::huge::SmallPages;
+pub use crate::huge::{HugePages, SmallPages};
 pub use crate::small::SmallFiles;
 use crate::small::{BATCH_BYTES, BATCH_FILES, SmallFile, set_flags};
 use crate::sys::descriptor;
 use crate::sys::handle::FileHandle;
 use crate::xattr::{self, Inode};
+pub use room::Room;
 
 const CAPABILITY: &[u8] = b"security.capability";
 

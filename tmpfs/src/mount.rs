@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FsWord, Mode, OFlags, StatxAttributes, StatxFlags};
+use rustix::fs::{AtFlags, CWD, FsWord, Mode, OFlags, StatFs, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
@@ -32,7 +32,7 @@ use crate::sys::mount::MountAttr;
 
 /// statfs(2)'s `f_type` of the filesystems that are ours: tmpfs, and ext4 on a filestore.
 const MAGICS: [FsWord; 2] = [TMPFS_MAGIC, 0xef53];
-pub(crate) const TMPFS_MAGIC: FsWord = 0x0102_1994;
+const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
 /// A tmpfs to be mounted.
 #[derive(Clone, Copy, Debug)]
@@ -334,16 +334,28 @@ pub(crate) fn reconfigure(root: &File, option: &str, value: &str) -> io::Result<
 pub fn usage(mountpoint: &Path) -> Result<Usage, MountError> {
     let fd = open_filesystem(mountpoint)?;
     let space = rustix::fs::fstatfs(&fd).map_err(failed("fstatfs", mountpoint))?;
-    let block = u64::try_from(space.f_bsize).unwrap_or_default();
-    let limited = |limit: u64, free: u64| (limit != 0).then(|| (limit, limit.saturating_sub(free)));
-    let blocks = limited(space.f_blocks, space.f_bfree);
-    let inodes = limited(space.f_files, space.f_ffree);
-    Ok(Usage {
-        size_bytes: blocks.map(|(limit, _)| limit.saturating_mul(block)),
-        used_bytes: blocks.map(|(_, used)| used.saturating_mul(block)),
-        inodes: inodes.map(|(limit, _)| limit),
-        used_inodes: inodes.map(|(_, used)| used),
-    })
+    Ok(Usage::of(&space))
+}
+
+/// Limits and use of the filesystem that has `root`, if it is a tmpfs.
+pub(crate) fn tmpfs_usage(root: &File) -> io::Result<Option<Usage>> {
+    let space = rustix::fs::fstatfs(root)?;
+    Ok((space.f_type == TMPFS_MAGIC).then(|| Usage::of(&space)))
+}
+
+impl Usage {
+    fn of(space: &StatFs) -> Self {
+        let block = u64::try_from(space.f_bsize).unwrap_or_default();
+        let limited = |limit: u64, free: u64| (limit != 0).then(|| (limit, limit.saturating_sub(free)));
+        let blocks = limited(space.f_blocks, space.f_bfree);
+        let inodes = limited(space.f_files, space.f_ffree);
+        Self {
+            size_bytes: blocks.map(|(limit, _)| limit.saturating_mul(block)),
+            used_bytes: blocks.map(|(_, used)| used.saturating_mul(block)),
+            inodes: inodes.map(|(limit, _)| limit),
+            used_inodes: inodes.map(|(_, used)| used),
+        }
+    }
 }
 
 /// An O_PATH descriptor of `path`, which must be the root of a whole filesystem.

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use crate::mount::{TMPFS_MAGIC, reconfigure};
+use crate::mount::{reconfigure, tmpfs_usage};
 
 /// Bytes that are given besides: the kernel takes a page before it sees that there is one at its place already.
 const SPARE: u64 = 64 * 4096;
@@ -38,22 +38,10 @@ struct State {
     tries: u32,
 }
 
-/// How large a filesystem is and how much of that is free, in bytes.
-struct Space {
-    size: u64,
-    free: u64,
-    page: u64,
-}
-
-impl Space {
-    /// `None` if it isn't a tmpfs with a size.
-    fn of(root: &File) -> io::Result<Option<Self>> {
-        let space = rustix::fs::fstatfs(root)?;
-        let page = u64::try_from(space.f_bsize).unwrap_or(1);
-        let limited = space.f_type == TMPFS_MAGIC && space.f_blocks != 0;
-        let (size, free) = (space.f_blocks.saturating_mul(page), space.f_bfree.saturating_mul(page));
-        Ok(limited.then_some(Self { size, free, page }))
-    }
+/// Bytes that a tmpfs has and that are free; `None` if it isn't one with a size.
+fn space(root: &File) -> io::Result<Option<(u64, u64)>> {
+    let usage = tmpfs_usage(root)?;
+    Ok(usage.and_then(|usage| Some((usage.size_bytes?, usage.size_bytes? - usage.used_bytes?))))
 }
 
 impl Room {
@@ -63,7 +51,7 @@ impl Room {
     ///
     /// It can't be told.
     pub fn size(root: &File) -> io::Result<Option<u64>> {
-        Ok(Space::of(root)?.map(|space| space.size))
+        Ok(space(root)?.map(|(size, _)| size))
     }
 
     /// Of the filesystem which had `size` before files with pages of `bytes` bytes in all were to be loaded.
@@ -78,14 +66,14 @@ impl Room {
             return false;
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let Ok(Some(space)) = Space::of(&self.root) else { return false };
-        let needed = bytes.next_multiple_of(space.page);
+        let Ok(Some((size, free))) = space(&self.root) else { return false };
+        let needed = bytes.next_multiple_of(rustix::param::page_size() as u64);
         // What is free may be meant for another file: the next time it isn't counted on.
-        let missing = if again == 0 { needed.saturating_sub(space.free) } else { needed };
+        let missing = if again == 0 { needed.saturating_sub(free) } else { needed };
         if missing == 0 {
             return true;
         }
-        let larger = space.size.saturating_add(missing);
+        let larger = size.saturating_add(missing);
         if larger <= self.most && reconfigure(&self.root, "size", &larger.to_string()).is_ok() {
             state.given = Some(larger);
             return true;
@@ -107,10 +95,10 @@ impl Room {
     pub fn restore(&self) -> io::Result<()> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let (Some(size), Some(given)) = (self.size, state.given.take()) else { return Ok(()) };
-        match Space::of(&self.root)? {
+        match space(&self.root)? {
             // The kernel refuses less than is used by now.
-            Some(space) if space.size == given => {
-                reconfigure(&self.root, "size", &size.max(given - space.free).to_string())
+            Some((now, free)) if now == given => {
+                reconfigure(&self.root, "size", &size.max(now - free).to_string())
             }
             _ => Ok(()),
         }
